@@ -1,0 +1,325 @@
+"""Checkpoints in a local directory: parallel direct writes, fsync before publish.
+
+Data files are written under their final names, which are unique to a save, so no rename is needed; small files are
+written aside and renamed or linked into place. Files get the permissions that the umask leaves.
+"""
+
+import builtins
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+
+from shardckpt.errors import CorruptCheckpointError, ObjectExistsError, StorageError
+from shardckpt.storage import posix
+from shardckpt.storage.base import (
+    GET_LIMIT,
+    ObjectWriter,
+    Pieces,
+    Stat,
+    Storage,
+    check_name,
+    copy_plain,
+    octets,
+)
+from shardckpt.storage.translate import translating
+
+TEMP_PREFIX = ".tmp-"
+"""Names of files that a crash in the middle of :meth:`LocalStorage.put` may leave behind begin with this."""
+
+# Where hard links are refused a copy will do: another device, a file system or a policy without them, too many links.
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
+
+
+class LocalStorage:
+    """A directory. The :class:`~shardckpt.storage.Storage` contract applies."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        # pathlib collapses "." and doubled slashes but keeps "..", which no text can resolve beyond a symbolic link.
+        with translating("resolve", os.fspath(directory)):
+            self._directory = str(_expand_user(os.fspath(directory)).absolute())
+        self.url = self._directory
+
+    @property
+    def directory(self) -> str:
+        """The absolute path."""
+        return self._directory
+
+    def create(self, name: str, size_hint: int) -> ObjectWriter:
+        return LocalWriter(self.path_of(name), size_hint)
+
+    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+        path = self.path_of(name)
+        with translating("write", path), self._written_aside(data) as (aside, descriptor):
+            if replace:
+                os.replace(aside, path)
+            else:
+                _link_new(aside, descriptor, path)
+            posix.sync_directory(self._directory)
+
+    def get(self, name: str, *, limit: int = GET_LIMIT) -> bytes:
+        path = self.path_of(name)
+        with translating("read", path), _opened(path) as (descriptor, size):
+            if size > limit:
+                raise CorruptCheckpointError(f"{path} is {size} bytes long, more than the {limit} that are sensible")
+            data = bytearray(size)
+            _fill(path, descriptor, 0, memoryview(data))
+            return bytes(data)
+
+    def read_into(self, name: str, offset: int, into: memoryview) -> None:
+        path = self.path_of(name)
+        with translating("read", path), _opened(path) as (descriptor, _):
+            _fill(path, descriptor, offset, octets(into))
+
+    def size(self, name: str) -> int:
+        path = self.path_of(name)
+        with translating("look at", path), _opened(path) as (_, size):
+            return size
+
+    def list(self) -> builtins.list[Stat]:
+        """Return the regular files, by name. Links to files are left out, since they would not be read either."""
+        found = []
+        with translating("list", self.url):
+            for entry in self._entries():
+                # A file that another process removes between the listing and the look is simply not there.
+                with suppress(FileNotFoundError):
+                    if entry.is_file(follow_symlinks=False):
+                        status = entry.stat(follow_symlinks=False)
+                        found.append(Stat(entry.name, status.st_size, status.st_mtime))
+        return sorted(found)
+
+    def children(self) -> builtins.list[str]:
+        """Return the names of the directories and of the links to directories, sorted."""
+        with translating("list", self.url):
+            return sorted(entry.name for entry in self._entries() if entry.is_dir())
+
+    def delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            path = self.path_of(name)
+            with translating("delete", path), suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def copy_from(self, other: Storage, names: Sequence[str]) -> None:
+        for name in names:
+            target = self.path_of(name)
+            if not (isinstance(other, LocalStorage) and _try_link(other.path_of(name), target)):
+                copy_plain(other, self, name)
+        self.sync()
+
+    def prepare(self) -> None:
+        with translating("make the directory", self.url):
+            _make_directories(self._directory)
+        # Asking for permission bits would not do: root ignores them, network file systems have rules of their own.
+        with translating("write a file into", self.url), self._written_aside(b""):
+            pass
+
+    def remove_place(self) -> None:
+        with translating("remove the directory", self.url):
+            try:
+                os.rmdir(self._directory)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY):
+                    raise
+                return
+            posix.sync_directory(os.path.dirname(self._directory))
+
+    def unlink_link(self) -> bool:
+        with translating("remove the link", self.url):
+            if not os.path.islink(self._directory):
+                return False
+            with suppress(FileNotFoundError):
+                os.unlink(self._directory)
+            posix.sync_directory(os.path.dirname(self._directory))
+            return True
+
+    def free_bytes(self) -> int | None:
+        """Return what an unprivileged user may write to the file system of the nearest directory that exists."""
+        place = Path(self._directory)
+        for directory in (place, *place.parents):
+            try:
+                status = os.statvfs(directory)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError:
+                return None
+            return status.f_bavail * status.f_frsize
+        return None
+
+    def sync(self) -> None:
+        with translating("sync the directory", self.url):
+            posix.sync_directory(self._directory)
+
+    def __repr__(self) -> str:
+        return f"LocalStorage({self.url!r})"
+
+    def path_of(self, name: str) -> str:
+        """The path of an object."""
+        return os.path.join(self._directory, check_name(name))
+
+    def _entries(self) -> Sequence["os.DirEntry[str]"]:
+        try:
+            with os.scandir(self._directory) as entries:
+                return [*entries]
+        except FileNotFoundError:
+            return []
+
+    @contextmanager
+    def _written_aside(self, data: bytes) -> Iterator[tuple[str, int]]:
+        """Write ``data`` durably to a file of another name in the directory; remove that name at the end."""
+        aside = os.path.join(self._directory, TEMP_PREFIX + token_hex(8))
+        descriptor = posix.open_new(aside)
+        try:
+            posix.write_fully(descriptor, memoryview(data), 0)
+            posix.sync_file(descriptor)
+            yield aside, descriptor
+        finally:
+            os.close(descriptor)
+            with suppress(FileNotFoundError):
+                os.unlink(aside)
+
+
+class LocalWriter:
+    """One file being written, under its final name. The :class:`~shardckpt.storage.ObjectWriter` contract applies."""
+
+    def __init__(self, path: str, size_hint: int) -> None:
+        self._path = path
+        self._pieces = Pieces(path)
+        self._committed = False
+        with translating("create", path):
+            self._buffered = posix.open_new(path)
+        self._direct = posix.open_direct(path)
+        try:
+            with translating(f"reserve {size_hint} bytes for", path):
+                posix.preallocate(self._buffered, size_hint)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        data = octets(data)
+        with self._pieces.writing(offset, len(data)), translating("write", self._path):
+            done = 0
+            if self._direct is not None and posix.is_aligned(data):
+                done = posix.write_direct(self._direct, data, offset)
+            # What direct I/O left over begins on a page of its own: the two ways never touch the same page.
+            posix.write_fully(self._buffered, data[done:], offset + done)
+
+    def commit(self) -> None:
+        size = self._pieces.finish()
+        with translating("commit", self._path):
+            os.ftruncate(self._buffered, size)
+            posix.sync_file(self._buffered)
+            self._close()
+            posix.sync_directory(os.path.dirname(self._path))
+        self._committed = True
+
+    def abort(self) -> None:
+        if self._committed:
+            return
+        self._pieces.close()
+        with suppress(OSError):
+            self._close()
+        with suppress(OSError):
+            os.unlink(self._path)
+
+    def _close(self) -> None:
+        buffered, self._buffered = self._buffered, -1
+        direct, self._direct = self._direct, None
+        try:
+            if direct is not None:
+                os.close(direct)
+        finally:
+            if buffered >= 0:
+                os.close(buffered)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[int, int]]:
+    """Open a file of a checkpoint for reading; yield its descriptor and its size in bytes.
+
+    A checkpoint may come from anywhere, so a symbolic link (which may lead out of it), a pipe (on which one would wait
+    for ever) or a device is refused.
+    """
+    try:
+        # Without O_NONBLOCK opening a pipe waits for its other end; on a regular file the flag has no effect.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CorruptCheckpointError(
+                f"{path} is a symbolic link, and those are not followed inside a checkpoint: put the file itself there"
+            ) from error
+        raise
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptCheckpointError(f"{path} is not a regular file")
+        yield descriptor, status.st_size
+    finally:
+        os.close(descriptor)
+
+
+def _fill(path: str, descriptor: int, offset: int, into: memoryview) -> None:
+    """Fill ``into`` from byte ``offset`` on; every read of a local file ends here."""
+    wanted = len(into)
+    while into:
+        got = os.preadv(descriptor, [into], offset)
+        if not got:
+            raise CorruptCheckpointError(
+                f"{path} is too short: it ends at byte {offset}, {len(into)} of the {wanted} bytes wanted are missing"
+            )
+        offset += got
+        into = into[got:]
+
+
+def _link_new(aside: str, descriptor: int, path: str) -> None:
+    """Give the file ``aside`` the name ``path``, unless that exists."""
+    try:
+        os.link(aside, path)
+    except OSError as error:
+        # An NFS server that had to be asked twice answers EEXIST to the second: two names say that the first worked.
+        if os.fstat(descriptor).st_nlink == 2:
+            return
+        if error.errno not in _NO_LINK:
+            raise
+        # Whoever makes the empty file owns the name, and may then replace it.
+        os.close(posix.open_new(path))
+        os.replace(aside, path)
+
+
+def _try_link(source: str, target: str) -> bool:
+    """Hard-link a regular file; False where that is impossible and a copy has to be made."""
+    with translating("copy", source), _opened(source):
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except FileExistsError as error:
+            raise ObjectExistsError(f"cannot copy {source} to {target}: it exists already") from error
+        except OSError as error:
+            if error.errno in _NO_LINK:
+                return False
+            raise
+        return True
+
+
+def _make_directories(directory: str) -> None:
+    """Make a directory and its parents, and make them durable: a new name lasts once its parent has been synced."""
+    if os.path.isdir(directory):
+        return
+    parent = os.path.dirname(directory)
+    if parent != directory:
+        _make_directories(parent)
+    try:
+        os.mkdir(directory)
+    except FileExistsError:
+        if not os.path.isdir(directory):
+            raise StorageError(
+                f"cannot make the directory {directory}: a file or a broken link of that name is in the way. Remove it "
+                "or choose another path"
+            ) from None
+    posix.sync_directory(parent)
+
+
+def _expand_user(path: str) -> Path:
+    return Path(os.path.expanduser(path)) if path.startswith("~") else Path(path)

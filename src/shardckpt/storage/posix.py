@@ -1,0 +1,130 @@
+"""System calls for durable and fast local files, each with what differs between platforms and file systems.
+
+The functions raise plain :class:`OSError`; :mod:`shardckpt.storage.local` says what was being done to which file.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+from functools import cache
+from typing import Any
+
+PAGE = 4096
+"""Bytes to which address, offset and length of direct I/O are aligned."""
+
+# What a file system answers when it cannot reserve space or bypass the page cache, rather than failing at it.
+_UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY, errno.ENODEV}
+
+
+def open_new(path: str) -> int:
+    """Create a file for writing, with the permissions that the umask leaves; FileExistsError if the name is taken."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def open_direct(path: str) -> int | None:
+    """Open an existing file for writing past the page cache, or return None where that is not to be had."""
+    direct: int | None = getattr(os, "O_DIRECT", None)
+    if direct is None:
+        return None
+    try:
+        return os.open(path, os.O_WRONLY | direct | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        # Direct I/O is only faster: whatever stands against it, the buffered descriptor remains.
+        return None
+
+
+def is_aligned(data: memoryview) -> bool:
+    """Tell whether direct I/O may begin at the address of ``data``, and has at least one page to write."""
+    if data.readonly or len(data) < PAGE:
+        # ctypes gives the address of writable memory only; staging memory is that.
+        return False
+    return ctypes.addressof(ctypes.c_char.from_buffer(data)) % PAGE == 0
+
+
+def write_direct(descriptor: int, data: memoryview, offset: int) -> int:
+    """Write the whole pages of ``data`` past the cache and return how many bytes went; the rest is for the caller.
+
+    Less than the whole pages go where the file system turns out to want a coarser alignment.
+    """
+    end = len(data) // PAGE * PAGE
+    done = 0
+    while done < end:
+        try:
+            done += os.pwrite(descriptor, data[done:end], offset + done)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            break
+        if done % PAGE:
+            # The next direct write would be misaligned; finish with whole pages through the cache.
+            return done // PAGE * PAGE
+    return done
+
+
+def write_fully(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``: one call may write less than it was given."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data = data[written:]
+        offset += written
+
+
+def preallocate(descriptor: int, nbytes: int) -> None:
+    """Reserve space, so that a full disk is found before the data is written, and parallel writes do not extend it.
+
+    Where the file system cannot, nothing happens. ``os.posix_fallocate`` is not used, since glibc makes up for such
+    file systems by writing to every block: minutes, for a large file over a network.
+    """
+    fallocate = _fallocate()
+    if fallocate is None or nbytes <= 0:
+        return
+    while fallocate(descriptor, 0, 0, nbytes) != 0:
+        number = ctypes.get_errno()
+        if number in _UNSUPPORTED:
+            return
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+@cache
+def _fallocate() -> Any:
+    """The fallocate(2) of Linux with 64-bit offsets, or None elsewhere."""
+    library = ctypes.CDLL(None, use_errno=True)
+    function = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        function.restype = ctypes.c_int
+    return function
+
+
+def sync_file(descriptor: int) -> None:
+    """Force a file to the medium."""
+    full: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        # macOS: fsync stops at the drive's own cache.
+        try:
+            fcntl.fcntl(descriptor, full)
+            return
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+    os.fsync(descriptor)
+
+
+def sync_directory(directory: str) -> None:
+    """Force the names in a directory to the medium, where its file system has a notion of that."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        # A directory may be open for writing and not for reading; then there is no descriptor to sync.
+        os.sync()
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some FUSE and network file systems sync names on their own and refuse to be asked.
+        if error.errno not in _UNSUPPORTED and error.errno != errno.EBADF:
+            raise
+    finally:
+        os.close(descriptor)

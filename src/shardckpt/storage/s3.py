@@ -1,0 +1,275 @@
+"""Checkpoints on S3 and its imitations, through the requests of s3fs rather than its files.
+
+``open("wb")`` of s3fs sends the parts of an object one after another; here each thread that brings a piece sends it.
+Listings and sizes are asked of the server every time: s3fs answers them from a cache that other processes do not know.
+"""
+
+import builtins
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from shardckpt.errors import ObjectNotFoundError, StorageError, UsageError
+from shardckpt.storage.base import BLOCK, GET_LIMIT, ObjectWriter, Pieces, Stat, Storage, check_name, copy_plain, octets
+from shardckpt.storage.remote import RemoteStorage
+from shardckpt.storage.retry import retrying
+from shardckpt.storage.translate import s3_code
+
+MAX_PARTS = 10_000
+"""Parts of one upload, by the rules of S3."""
+
+_DELETE_BATCH = 1000
+
+_log = logging.getLogger(__name__)
+
+
+class S3Storage(RemoteStorage):
+    """A key prefix in a bucket. The :class:`~shardckpt.storage.Storage` contract applies.
+
+    ``put(replace=False)`` is a conditional PUT: it keeps its promise on servers that know ``If-None-Match``.
+    """
+
+    def __init__(self, filesystem: Any, path: str, url: str, secrets: tuple[str, ...]) -> None:
+        super().__init__(filesystem, path, url, secrets)
+        # s3fs knows where a bucket's name ends: that of an access point has slashes in it.
+        self._bucket, key, _ = filesystem.split_path(self._root)
+        self._prefix = f"{key}/" if key else ""
+        self._process = os.getpid()
+        if not self._bucket:
+            raise UsageError(f"{self.url} names no bucket")
+
+    def create(self, name: str, size_hint: int) -> ObjectWriter:
+        return S3Writer(self, name, size_hint)
+
+    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+        with self.translating("write", name):
+            condition = {} if replace else {"IfNoneMatch": "*"}
+            if condition and not self._knows_conditions():
+                raise UsageError("writing only what does not exist needs botocore 1.35.20 or newer: upgrade s3fs")
+            retrying(lambda: self.request("put_object", name, Body=data, **condition))
+        self.forget(self.path_of(name))
+
+    def get(self, name: str, *, limit: int = GET_LIMIT) -> bytes:
+        # One byte more than allowed is asked for, so that no second request is needed to know the size.
+        data = self._read_range(name, 0, limit + 1)
+        if len(data) > limit:
+            raise self.too_large(name, self.size(name), limit)
+        return data
+
+    def size(self, name: str) -> int:
+        with self.translating("look at", name):
+            return int(retrying(lambda: self.request("head_object", name))["ContentLength"])
+
+    def list(self) -> builtins.list[Stat]:
+        return sorted(
+            Stat(item["Key"][len(self._prefix) :], int(item["Size"]), _seconds(item.get("LastModified")))
+            for page in self._pages()
+            for item in page.get("Contents", ())
+            # Consoles and s3fs mark an empty directory with an object of its name and a slash.
+            if item["Key"] != self._prefix
+        )
+
+    def children(self) -> builtins.list[str]:
+        return sorted(
+            item["Prefix"][len(self._prefix) : -1] for page in self._pages() for item in page.get("CommonPrefixes", ())
+        )
+
+    def delete(self, names: Sequence[str]) -> None:
+        keys = [self.key_of(name) for name in names]
+        for start in range(0, len(keys), _DELETE_BATCH):
+            batch = {"Objects": [{"Key": key} for key in keys[start : start + _DELETE_BATCH]], "Quiet": True}
+            with self.translating("delete objects of"):
+                answer = retrying(partial(self.request, "delete_objects", Delete=batch))
+            for name in names[start : start + _DELETE_BATCH]:
+                self.forget(self.path_of(name))
+            # The answer is a success even if no key could be deleted.
+            if failed := answer.get("Errors"):
+                first = failed[0]
+                raise StorageError(
+                    f"cannot delete {len(failed)} of {len(keys)} objects of {self.url}, the first being "
+                    f"{first.get('Key')}: {first.get('Message')} ({first.get('Code')})"
+                )
+
+    def copy_from(self, other: Storage, names: Sequence[str]) -> None:
+        for name in names:
+            if isinstance(other, S3Storage) and other.filesystem == self.filesystem:
+                source, target = other.path_of(name), self.path_of(name)
+                self.forget(source)
+                with self.translating("copy", name):
+                    self._check_process()
+                    self.filesystem.cp_file(source, target)
+                self.forget(target)
+            else:
+                copy_plain(other, self, name)
+
+    def prepare(self) -> None:
+        """Check that the bucket exists and the credentials may list it; a prefix needs no making."""
+        with self.translating("use"):
+            self.request("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
+
+    def remove_place(self) -> None:
+        """Delete the object that marks the prefix as a directory, if there is one."""
+        if self._prefix:
+            with self.translating("remove the marker of"):
+                retrying(lambda: self.request("delete_object", Key=self._prefix))
+            self.forget(self._root)
+
+    def key_of(self, name: str) -> str:
+        """The key of an object in the bucket."""
+        return self.path_of(name)[len(self._bucket) + 1 :]
+
+    def request(self, method: str, name: str | None = None, **arguments: Any) -> Any:
+        """Send one request of the S3 API for this bucket, and for the object ``name`` if given."""
+        self._check_process()
+        if name is not None:
+            arguments["Key"] = self.key_of(name)
+        return self.filesystem.call_s3(method, Bucket=self._bucket, **arguments)
+
+    def _read_range(self, name: str, offset: int, nbytes: int) -> bytes:
+        self._check_process()
+        path = self.path_of(name)
+        with self.translating("read", name):
+            try:
+                return bytes(retrying(lambda: self.filesystem.cat_file(path, start=offset, end=offset + nbytes)))
+            except OSError as error:
+                # A range that begins at or beyond the end, an empty object's included, is an error to S3.
+                if s3_code(error) not in ("InvalidRange", "416"):
+                    raise
+                return b""
+
+    def _pages(self) -> builtins.list[dict[str, Any]]:
+        arguments: dict[str, Any] = {"Prefix": self._prefix, "Delimiter": "/"}
+        pages: builtins.list[dict[str, Any]] = []
+        with self.translating("list"):
+            while True:
+                pages.append(retrying(lambda: self.request("list_objects_v2", **arguments)))
+                if not pages[-1].get("IsTruncated"):
+                    return pages
+                arguments["ContinuationToken"] = pages[-1]["NextContinuationToken"]
+
+    def _knows_conditions(self) -> bool:
+        """Whether the client has heard of If-None-Match: s3fs drops arguments that its client does not know."""
+        model = self.filesystem.s3.meta.service_model.operation_model("PutObject")
+        return "IfNoneMatch" in model.input_shape.members
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise UsageError(
+                f"{self.url} was opened before this process was forked, and an S3 connection does not survive that: "
+                "open it in the child, or start the child with the spawn method"
+            )
+
+
+class S3Writer:
+    """One object, uploaded in parts by the threads that bring them.
+
+    The :class:`~shardckpt.storage.ObjectWriter` contract applies. A part is one block; for an object of more than
+    10,000 blocks (78 GiB) it is as many consecutive blocks as needed, held until they are together. An object of one
+    block is a single PUT.
+    """
+
+    def __init__(self, storage: S3Storage, name: str, size_hint: int) -> None:
+        self._storage = storage
+        self._name = check_name(name)
+        self._pieces = Pieces(storage.url_of(name))
+        self._blocks_per_part = max(1, -(-size_hint // (BLOCK * MAX_PARTS)))
+        self._hold_first = size_hint <= BLOCK
+        self._lock = threading.Lock()
+        self._beginning = threading.Lock()
+        self._held: dict[int, dict[int, bytes]] = {}
+        self._etags: dict[int, str] = {}
+        self._upload = ""
+        self._committed = False
+
+    def write(self, offset: int, data: memoryview) -> None:
+        data = octets(data)
+        part, block = divmod(offset // BLOCK, self._blocks_per_part)
+        # botocore takes bytes only; the copy is made before any lock is taken.
+        body = bytes(data)
+        with self._pieces.writing(offset, len(data)), self._storage.translating("write", self._name):
+            if part >= MAX_PARTS:
+                raise StorageError(
+                    f"cannot write {self._storage.url_of(self._name)}: it has more than {MAX_PARTS} parts, since it is "
+                    "larger than it was announced to be"
+                )
+            with self._lock:
+                blocks = self._held.setdefault(part, {})
+                blocks[block] = body
+                if len(blocks) < self._blocks_per_part or (part == 0 and self._hold_first):
+                    return
+                del self._held[part]
+            self._send(part, blocks)
+
+    def commit(self) -> None:
+        size = self._pieces.finish()
+        with self._storage.translating("commit", self._name):
+            if not self._upload and self._held.keys() <= {0}:
+                body = _joined(self._held.pop(0, {}))
+                retrying(lambda: self._storage.request("put_object", self._name, Body=body))
+            else:
+                for part in sorted(self._held):
+                    self._send(part, self._held.pop(part))
+                self._complete(size)
+        self._storage.forget(self._storage.path_of(self._name))
+        self._committed = True
+
+    def abort(self) -> None:
+        if self._committed:
+            return
+        self._pieces.close()
+        self._held.clear()
+        try:
+            if self._upload:
+                self._storage.request("abort_multipart_upload", self._name, UploadId=self._upload)
+            self._storage.delete([self._name])
+        except Exception as error:  # noqa: BLE001 - abort never raises
+            _log.warning(
+                "an upload to %s could not be cancelled (%s); its parts cost money until the bucket's lifecycle rules "
+                "remove them",
+                self._storage.url_of(self._name),
+                type(error).__name__,
+            )
+
+    def _send(self, part: int, blocks: dict[int, bytes]) -> None:
+        body = _joined(blocks)
+        upload = self._begun()
+        answer = retrying(
+            lambda: self._storage.request("upload_part", self._name, UploadId=upload, PartNumber=part + 1, Body=body)
+        )
+        with self._lock:
+            self._etags[part + 1] = answer["ETag"]
+
+    def _begun(self) -> str:
+        with self._beginning:
+            if not self._upload:
+                answer = retrying(lambda: self._storage.request("create_multipart_upload", self._name))
+                self._upload = answer["UploadId"]
+            return self._upload
+
+    def _complete(self, size: int) -> None:
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in sorted(self._etags.items())]
+        arguments = {"UploadId": self._upload, "MultipartUpload": {"Parts": parts}}
+        try:
+            retrying(lambda: self._storage.request("complete_multipart_upload", self._name, **arguments))
+        except FileNotFoundError:
+            # The answer to the first of several attempts may have been lost; the later ones find no upload any more.
+            if self._size_now() != size:
+                raise
+
+    def _size_now(self) -> int | None:
+        try:
+            return self._storage.size(self._name)
+        except ObjectNotFoundError:
+            return None
+
+
+def _joined(blocks: dict[int, bytes]) -> bytes:
+    return b"".join(blocks[block] for block in sorted(blocks)) if len(blocks) != 1 else next(iter(blocks.values()))
+
+
+def _seconds(moment: Any) -> float | None:
+    return moment.timestamp() if isinstance(moment, datetime) else None

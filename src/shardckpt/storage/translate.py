@@ -1,0 +1,241 @@
+"""The one place where errors of operating systems, S3 clients and fsspec backends become ours.
+
+Classes are recognised by name, so that nothing of botocore, aiohttp or s3fs is imported here. s3fs turns the answers
+of S3 into builtin errors and keeps the original as the cause: where there is one its error code decides.
+"""
+
+import errno
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from shardckpt.errors import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    ShardckptError,
+    StorageAccessError,
+    StorageError,
+    StorageFullError,
+    UsageError,
+)
+
+_Ours = type[ShardckptError]
+
+ERRNOS: Mapping[int, _Ours] = {
+    errno.ENOSPC: StorageFullError,
+    errno.EDQUOT: StorageFullError,
+    errno.EFBIG: StorageFullError,
+    errno.EACCES: StorageAccessError,
+    errno.EPERM: StorageAccessError,
+    errno.EROFS: StorageAccessError,
+    errno.ENOENT: ObjectNotFoundError,
+    errno.EEXIST: ObjectExistsError,
+}
+
+_ACCESS = """
+    AccessDenied AccountProblem AllAccessDisabled AuthorizationHeaderMalformed CredentialsNotSupported
+    CrossLocationLoggingProhibited ExpiredToken InvalidAccessKeyId InvalidObjectState InvalidPayer InvalidSecurity
+    InvalidToken MissingSecurityElement MissingSecurityHeader NotSignedUp RequestTimeTooSkewed SignatureDoesNotMatch
+    TokenRefreshRequired UnauthorizedAccess Forbidden 401 403
+"""
+_MISSING = """
+    NoSuchBucket NoSuchBucketPolicy NoSuchKey NoSuchLifecycleConfiguration NoSuchUpload NoSuchVersion NotFound 404
+"""
+_EXISTS = "BucketAlreadyExists BucketAlreadyOwnedByYou PreconditionFailed ConditionalRequestConflict 412"
+_FULL = "QuotaExceeded XMinioStorageFull InsufficientCapacity 507"
+_REFUSED = """
+    AmbiguousGrantByEmailAddress BadDigest BucketNotEmpty EntityTooSmall EntityTooLarge
+    IllegalLocationConstraintException IllegalVersioningConfigurationException IncompleteBody
+    IncorrectNumberOfFilesInPostRequest InlineDataTooLarge InternalError InvalidAddressingHeader InvalidArgument
+    InvalidBucketName InvalidBucketState InvalidDigest InvalidEncryptionAlgorithmError InvalidLocationConstraint
+    InvalidPart InvalidPartOrder InvalidPolicyDocument InvalidRange InvalidRequest InvalidSOAPRequest
+    InvalidStorageClass InvalidTargetBucketForLogging InvalidURI KeyTooLongError MalformedACLError
+    MalformedPOSTRequest MalformedXML MaxMessageLengthExceeded MaxPostPreDataLengthExceededError MetadataTooLarge
+    MethodNotAllowed MissingAttachment MissingContentLength MissingRequestBodyError NoLoggingStatusForKey
+    NotImplemented OperationAborted PermanentRedirect Redirect RequestIsNotMultiPartContent RequestTimeout
+    RequestTorrentOfBucketError RestoreAlreadyInProgress ServiceUnavailable SlowDown TemporaryRedirect TooManyBuckets
+    UnexpectedContent UnresolvableGrantByEmailAddress UserKeyMustBeSpecified
+    301 307 400 405 409 416 429 500 501 502 503 504
+"""
+
+S3_CODES: Mapping[str, _Ours] = {
+    code: ours
+    for codes, ours in (
+        (_ACCESS, StorageAccessError),
+        (_MISSING, ObjectNotFoundError),
+        (_EXISTS, ObjectExistsError),
+        (_FULL, StorageFullError),
+        (_REFUSED, StorageError),
+    )
+    for code in codes.split()
+}
+"""Error codes of S3 and its imitations, and the HTTP statuses that stand in for them where an answer has no body."""
+
+_CREDENTIALS = """
+    CredentialRetrievalError LoginError MetadataRetrievalError NoAuthTokenError NoCredentialsError
+    PartialCredentialsError RefreshWithMFAUnsupportedError SSOError TokenRetrievalError UnknownCredentialError
+    UnknownTokenProviderError
+"""
+_CONFIGURATION = """
+    ApiVersionNotFoundError BaseEndpointResolverError ConfigNotFound ConfigParseError DataNotFoundError
+    EndpointProviderError InvalidChecksumConfigError InvalidConfigError InvalidDNSNameError InvalidDefaultsMode
+    InvalidEndpointConfigurationError InvalidEndpointDiscoveryConfigurationError InvalidExpressionError
+    InvalidHostLabelError InvalidIMDSEndpointError InvalidIMDSEndpointModeError InvalidProxiesConfigError
+    InvalidRetryConfigurationError InvalidS3AddressingStyleError InvalidS3UsEast1RegionalEndpointConfigError
+    InvalidSTSRegionalEndpointsConfigError MD5UnavailableError MissingDependencyException MissingParametersError
+    ParamValidationError ProfileNotFound ServiceNotInRegionError UnknownRegionError UnknownServiceStyle
+    UnknownSignatureVersionError UnsupportedOutpostResourceError UnsupportedS3AccesspointConfigurationError
+    UnsupportedS3ArnError UnsupportedS3ConfigurationError UnsupportedS3ControlArnError
+    UnsupportedS3ControlConfigurationError UnsupportedServiceProtocolsError UnsupportedSignatureVersionError
+    ValidationError
+"""
+_FAILURES = """
+    AwsChunkedWrapperError CapacityNotAvailableError ChecksumError ClientError ConnectionError FlexibleChecksumError
+    HTTPClientError IncompleteReadError OperationNotPageableError PaginationError StubResponseError
+    UnknownClientMethodError UnseekableStreamError WaiterConfigError WaiterError
+"""
+
+CLASSES: Mapping[str, _Ours] = {
+    **{f"botocore.exceptions.{name}": StorageAccessError for name in _CREDENTIALS.split()},
+    **{f"botocore.exceptions.{name}": UsageError for name in _CONFIGURATION.split()},
+    **{f"botocore.exceptions.{name}": StorageError for name in _FAILURES.split()},
+    "builtins.FileNotFoundError": ObjectNotFoundError,
+    "builtins.FileExistsError": ObjectExistsError,
+    "builtins.PermissionError": StorageAccessError,
+    "builtins.NotImplementedError": UsageError,
+}
+"""Classes of foreign errors; a subclass goes with the nearest of its bases that stands here."""
+
+_ADVICE: tuple[tuple[_Ours, str], ...] = (
+    (StorageFullError, "Free space or raise the quota, or choose another place"),
+    (StorageAccessError, "Check the credentials, the permissions and whether the place may be written at all"),
+    (ObjectNotFoundError, "Check the path, and whether another process is removing or replacing it"),
+    (ObjectExistsError, "Another process got there first, or it is left from before"),
+    (UsageError, "Check the URL, storage_options and the configuration of the storage's client"),
+    (StorageError, "Check that the storage is up and reachable, then try again"),
+)
+
+_TRANSIENT_CODES = {
+    "ConditionalRequestConflict",
+    "InternalError",
+    "OperationAborted",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+}
+_TRANSIENT_STATUS = {429, 500, 502, 503, 504}
+# A refused connection is not here: botocore has tried for seconds already when it says so.
+_TRANSIENT_CLASSES = {
+    "botocore.exceptions.HTTPClientError",
+    "botocore.exceptions.ConnectTimeoutError",
+    "botocore.exceptions.IncompleteReadError",
+    "aiohttp.client_exceptions.ClientConnectionError",
+    "aiohttp.client_exceptions.ClientPayloadError",
+    "asyncio.exceptions.TimeoutError",
+    "builtins.TimeoutError",
+    "builtins.ConnectionResetError",
+    "builtins.ConnectionAbortedError",
+    "builtins.BrokenPipeError",
+}
+
+
+_SECRET_KEY = re.compile(r"key|secret|token|pass|cred|sas|connection")
+
+
+@contextmanager
+def translating(doing: str, where: str, secrets: tuple[str, ...] = ()) -> Iterator[None]:
+    """Turn any foreign error raised inside into one of ours, with the foreign one as its cause.
+
+    Args:
+        doing: a verb that fits "cannot ... <where>".
+        where: the path or URL concerned, without credentials.
+        secrets: words to keep out of the message, even where the foreign error quotes them.
+    """
+    try:
+        yield
+    except (ShardckptError, MemoryError):
+        raise
+    except Exception as error:
+        raise translate(error, doing, where, secrets) from error
+
+
+def translate(error: Exception, doing: str, where: str, secrets: tuple[str, ...] = ()) -> ShardckptError:
+    """Return the error of ours that stands for ``error``; see :func:`translating`."""
+    ours = classify(error)
+    advice = next(text for base, text in _ADVICE if issubclass(ours, base))
+    translated = ours(f"cannot {doing} {where}: {conceal(_reason(error), secrets)}. {advice}")
+    if isinstance(translated, OSError) and isinstance(error, OSError):
+        translated.errno = error.errno
+    return translated
+
+
+def classify(error: BaseException) -> _Ours:
+    """Return the class of ours for a foreign error; what nobody has heard of is a :class:`StorageError`."""
+    code = s3_code(error)
+    if code in S3_CODES:
+        return S3_CODES[code]
+    if isinstance(error, OSError) and error.errno is not None and error.errno in ERRNOS:
+        return ERRNOS[error.errno]
+    return next((CLASSES[name] for name in _names(error) if name in CLASSES), StorageError)
+
+
+def s3_code(error: BaseException) -> str:
+    """Return the error code of the S3 answer behind ``error``, or ``""``."""
+    details = _response(error).get("Error")
+    return str(details.get("Code", "")) if isinstance(details, dict) else ""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Tell whether the same request may well succeed if it is sent again soon."""
+    metadata = _response(error).get("ResponseMetadata")
+    status = metadata.get("HTTPStatusCode") if isinstance(metadata, dict) else None
+    if s3_code(error) in _TRANSIENT_CODES or status in _TRANSIENT_STATUS:
+        return True
+    return any(name in _TRANSIENT_CLASSES for name in _names(error))
+
+
+def without_credentials(url: str) -> str:
+    """Return ``url`` with user, password and, for http, the query (which may be a signature) taken out."""
+    url = re.sub(r"://[^/@]*@", "://***@", url)
+    return re.sub(r"\?.*", "?***", url) if re.search(r"(^|::)https?://", url) else url
+
+
+def secrets_of(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the words in ``storage_options`` that no message may show, the longest first."""
+    found: set[str] = set()
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            found.update(secrets_of(value))
+        elif isinstance(value, str) and len(value) >= 4 and _SECRET_KEY.search(key):
+            found.add(value)
+    return tuple(sorted(found, key=len, reverse=True))
+
+
+def conceal(text: str, secrets: tuple[str, ...]) -> str:
+    """Return ``text`` with every one of ``secrets`` blotted out."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
+
+
+def _response(error: BaseException) -> Mapping[str, Any]:
+    """The parsed answer that botocore attached to ``error``, or to its cause if s3fs has translated it."""
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
+        if isinstance(response, dict):
+            return response
+    return {}
+
+
+def _names(error: BaseException) -> Iterator[str]:
+    return (f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
+
+
+def _reason(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = " ".join(str(text).split()).rstrip(".")
+    code = s3_code(error)
+    if not text:
+        return code or type(error).__name__
+    return f"{text} ({code})" if code and code not in text else text
