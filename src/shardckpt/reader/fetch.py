@@ -1,0 +1,155 @@
+"""Which bytes of which files to read, in which pieces. Pure: no torch, no files.
+
+Stored bytes are verified block by block, so the unit of reading is a *cell*: what one digest covers, `DIGEST_BLOCK`
+bytes of an entry, or one compressed frame of it. Cells that lie close together are read as one range.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from shardckpt.box import Box
+from shardckpt.codecs import DIGEST_BLOCK
+from shardckpt.storage import BLOCK
+
+PAGE: Final = 4096
+"""Bytes to which ranges are aligned, so that they may be read past the page cache."""
+GAP: Final = 64 << 10
+"""Bytes that nobody wants but that are read anyway, where that saves a request."""
+
+T = TypeVar("T")
+
+
+class Extent(Generic[T]):
+    """An entry of a shard as far as reading goes. Offsets and sizes are bytes."""
+
+    __slots__ = ("_ends", "cells", "nbytes", "offset", "subject")
+
+    def __init__(
+        self, offset: int, nbytes: int, frames: Sequence[int] | None, cells: Sequence[tuple[int, int]], subject: T
+    ) -> None:
+        self.offset = offset
+        """In the file."""
+        self.nbytes = nbytes
+        """Stored."""
+        self.cells = cells
+        """The wanted cells as half-open runs, ascending and disjoint."""
+        self.subject = subject
+        """Whatever the caller needs to verify and place it."""
+        # None where the bytes are stored as they are; else where each compressed frame ends.
+        self._ends = None if frames is None else list(accumulate(frames))
+
+    def start_of(self, cell: int) -> int:
+        """Where in the file cell number `cell` starts; for the number of cells, where the entry ends."""
+        if self._ends is None:
+            return self.offset + min(cell * DIGEST_BLOCK, self.nbytes)
+        return self.offset + (self._ends[cell - 1] if cell else 0)
+
+    def cells_before(self, limit: int) -> int:
+        """How many cells, from the first on, end at file offset `limit` or earlier."""
+        room = limit - self.offset
+        if self._ends is not None:
+            return bisect_right(self._ends, room)
+        return -(-self.nbytes // DIGEST_BLOCK) if room >= self.nbytes else max(0, room) // DIGEST_BLOCK
+
+
+class Run(NamedTuple, Generic[T]):
+    """Cells of one entry that lie in one range."""
+
+    extent: Extent[T]
+    first: int
+    """Number of the first cell."""
+    stop: int
+    """One past the number of the last."""
+    start_byte: int
+    """Where in the file the first cell starts."""
+    stop_byte: int
+    """Where the last one ends."""
+
+
+@dataclass(eq=False)
+class Range(Generic[T]):
+    """Bytes [start, stop) of a file, to be read at once into one block of `BLOCK` bytes."""
+
+    start: int
+    """A multiple of `PAGE`."""
+    stop: int
+    runs: list[Run[T]]
+
+
+def ranges(extents: Iterable[Extent[T]]) -> Iterator[Range[T]]:
+    """The wanted cells of one file's entries, each exactly once, as ranges in ascending order.
+
+    A range starts at a multiple of `PAGE`, is `BLOCK` bytes long at most, and holds unwanted stretches of up to `GAP`
+    bytes. A single cell with what alignment adds must fit into a block.
+    """
+    current: Range[T] | None = None
+    for extent in sorted(extents, key=lambda extent: extent.offset):
+        for first, stop in extent.cells:
+            while first < stop:
+                start = extent.start_of(first)
+                if current is not None and not current.start <= start <= current.stop + GAP:
+                    yield current
+                    current = None
+                if current is None:
+                    current = Range(start - start % PAGE, start, [])
+                fitting, end = stop, extent.start_of(stop)
+                if end > current.start + BLOCK:
+                    fitting = min(stop, extent.cells_before(current.start + BLOCK))
+                    end = extent.start_of(fitting)
+                if fitting <= first:
+                    assert current.runs, f"a cell at byte {start} is larger than a block"
+                    yield current
+                    current = None
+                    continue
+                current.runs.append(Run(extent, first, fitting, start, end))
+                current.stop = max(current.stop, end)
+                first = fitting
+    if current is not None:
+        yield current
+
+
+def cells_of(lengths: Sequence[int], inner: Box, itemsize: int) -> list[tuple[int, int]]:
+    """The cells of a stored box of shape `lengths` that hold elements of `inner`, as half-open runs.
+
+    `inner` is in coordinates of the stored box. Runs ascend but may touch or share a cell; see `union`. Stretches
+    between wanted elements are left out where they are sure to hold a whole cell.
+    """
+    return [
+        (start * itemsize // DIGEST_BLOCK, -(-stop * itemsize // DIGEST_BLOCK))
+        for start, stop in _stretches(lengths, inner, -(-2 * DIGEST_BLOCK // itemsize))
+    ]
+
+
+def _stretches(lengths: Sequence[int], inner: Box, gap: int) -> Iterator[tuple[int, int]]:
+    """Row-major element ranges that together hold `inner`, apart by `gap` elements or more."""
+    ndim = len(lengths)
+    strides = [1] * ndim
+    for dim in range(ndim - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * lengths[dim + 1]
+    # How many elements lie between the first and the last of `inner` in the dimensions from each one on.
+    extents = [0] * (ndim + 1)
+    for dim in range(ndim - 1, -1, -1):
+        extents[dim] = extents[dim + 1] + (inner.lengths[dim] - 1) * strides[dim]
+    # Strides fall from one dimension to the next, and gaps with them: dimensions that leave big ones come first.
+    apart = 0
+    while apart < ndim and (inner.lengths[apart] == 1 or strides[apart] - extents[apart + 1] - 1 >= gap):
+        apart += 1
+    starts = [sum(offset * stride for offset, stride in zip(inner.offsets, strides, strict=True))]
+    for dim in range(apart):
+        starts = [start + index * strides[dim] for start in starts for index in range(inner.lengths[dim])]
+    for start in starts:
+        yield start, start + extents[apart] + 1
+
+
+def union(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same cells as disjoint ascending runs that don't touch."""
+    merged: list[tuple[int, int]] = []
+    for first, stop in sorted(runs):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], stop)
+        else:
+            merged.append((first, stop))
+    return merged

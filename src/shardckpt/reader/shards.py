@@ -1,0 +1,188 @@
+"""The files that a read needs: checked before anything is placed, then verified block by block."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from shardckpt.box import Box, relative_to
+from shardckpt.codecs import (
+    DIGEST_BLOCK,
+    ITEMSIZE,
+    ZSTD,
+    decompress_frame,
+    digest,
+    digests_text,
+    parse_digests,
+    torch_dtype,
+)
+from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, UnsupportedFormatError
+from shardckpt.manifest import FileEntry, RankManifest, ShardEntry, TensorEntry, decode_rank_manifest
+from shardckpt.reader.fetch import PAGE, Extent, Run, cells_of, union
+from shardckpt.reader.place import Placement
+from shardckpt.staging import Block
+from shardckpt.storage import BLOCK, Storage
+
+MAX_CELL: Final = BLOCK - PAGE
+"""Stored bytes of a cell that fit into a block wherever they start. Frames of incompressible data are far from it."""
+
+
+class Piece:
+    """An entry of a shard, and what it is wanted for."""
+
+    __slots__ = (
+        "_compressed",
+        "_digests",
+        "_itemsize",
+        "_name",
+        "_torch_dtype",
+        "box",
+        "dtype",
+        "fqn",
+        "nbytes",
+        "offset",
+        "placements",
+    )
+
+    def __init__(self, fqn: str, tensor: TensorEntry, shard: int, box: Box, placements: Sequence[Placement]) -> None:
+        self.fqn = fqn
+        self.box = box
+        self.dtype = tensor.dtype
+        self.offset = tensor.offset[shard]
+        self.nbytes = tensor.nbytes[shard]
+        self.placements = placements
+        self._torch_dtype = torch_dtype(tensor.dtype)
+        self._itemsize = ITEMSIZE[tensor.dtype]
+        self._compressed = False
+        self._digests = ""
+        self._name = ""
+
+    def extent(self, entry: ShardEntry, name: str) -> "Extent[Piece]":
+        """Which of its bytes to read, now that `entry` of the rank's manifest is known; `name` is the file's.
+
+        Raises CorruptCheckpointError where the two manifests differ or the entry is impossible.
+        """
+        stated = (entry.dtype, entry.starts, entry.lengths, entry.nbytes)
+        raw = self.box.volume * self._itemsize
+        cells = -(-raw // DIGEST_BLOCK)
+        if stated != (self.dtype, self.box.offsets, self.box.lengths, self.nbytes):
+            raise self._error("is described differently by the two manifests that list it", name, self.offset)
+        if len(entry.digests) != 16 * cells:
+            raise self._error(f"should have {cells} digests, not {len(entry.digests) / 16:g}", name, self.offset)
+        if entry.codec is None:
+            if self.nbytes != raw:
+                raise self._error(f"should have {raw} bytes, not {self.nbytes}", name, self.offset)
+        elif entry.codec != ZSTD:
+            raise UnsupportedFormatError(f"tensor {self.fqn!r} is compressed with {entry.codec!r}; upgrade shardckpt")
+        elif entry.frames is None or len(entry.frames) != cells or not all(0 < n <= MAX_CELL for n in entry.frames):
+            raise self._error(f"should have {cells} frames of ordinary size", name, self.offset)
+        self._compressed = entry.codec is not None
+        self._digests = entry.digests
+        self._name = name
+        wanted = [(0, 1)]
+        if cells > 1:
+            inner = [relative_to(self.box, placement.overlap) for placement in self.placements]
+            wanted = union(run for box in inner for run in cells_of(self.box.lengths, box, self._itemsize))
+        return Extent(self.offset, self.nbytes, entry.frames, wanted, self)
+
+    def verify(self, run: "Run[Piece]", block: Block, start: int) -> None:
+        """Compare cells with their digests. `block` holds the file's bytes from `start` on."""
+        at = run.start_byte
+        for cell, expected in enumerate(parse_digests(self._digests[16 * run.first : 16 * run.stop]), run.first + 1):
+            stop = run.stop_byte if cell == run.stop else run.extent.start_of(cell)
+            found = digest(block.memory[at - start : stop - start])
+            if found != expected:
+                expected_text, found_text = digests_text([expected]), digests_text([found])
+                raise self._error(
+                    f"is damaged: {stop - at} bytes have the digest {found_text}, not {expected_text}", self._name, at
+                )
+            at = stop
+
+    def place(self, run: "Run[Piece]", block: Block, start: int) -> None:
+        """Copy verified cells to where they are wanted. `block` holds the file's bytes from `start` on."""
+        if not self._compressed:
+            self._copy(block.tensor[run.start_byte - start : run.stop_byte - start], run.first)
+            return
+        raw = self.box.volume * self._itemsize
+        for cell in range(run.first, run.stop):
+            at, stop = run.extent.start_of(cell), run.extent.start_of(cell + 1)
+            size = min(DIGEST_BLOCK, raw - cell * DIGEST_BLOCK)
+            try:
+                data = decompress_frame(block.memory[at - start : stop - start], size)
+            except CorruptCheckpointError as error:
+                raise self._error(f"can't be decompressed: {error}", self._name, at) from error
+            # Torch warns of memory that mustn't be written, so bytes won't do.
+            self._copy(torch.frombuffer(bytearray(data), dtype=torch.uint8), cell)
+
+    def _copy(self, raw: torch.Tensor, first_cell: int) -> None:
+        if self.offset % self._itemsize and not self._compressed:
+            # We write every entry aligned; whoever else wrote this one did not.
+            raw = raw.clone()
+        elements = raw.view(self._torch_dtype)
+        for placement in self.placements:
+            placement.copy(elements, first_cell * DIGEST_BLOCK // self._itemsize)
+
+    def _error(self, what: str, name: str, at: int) -> CorruptCheckpointError:
+        return CorruptCheckpointError(f"tensor {self.fqn!r} in {name} at byte {at} {what}. Load another checkpoint.")
+
+
+class ShardFile:
+    """One file of a checkpoint that holds wanted elements."""
+
+    def __init__(self, storage: Storage, file: FileEntry) -> None:
+        self._storage = storage
+        self._file = file
+        self.size = file.size
+        self.pieces: list[Piece] = []
+        self.extents: list[Extent[Piece]] = []
+        """The same pieces as ranges of bytes, after `open`."""
+
+    def check(self) -> None:
+        """Check that the file and its rank's manifest are there, of the right size.
+
+        Raises CorruptCheckpointError; where one is missing, its cause is an ObjectNotFoundError.
+        """
+        for name, expected in ((self._file.name, self.size), (self._file.manifest, self._file.manifest_size)):
+            try:
+                size = self._storage.size(name)
+            except ObjectNotFoundError as error:
+                raise CorruptCheckpointError(f"a file of the checkpoint is missing: {error}") from error
+            if size != expected:
+                raise CorruptCheckpointError(
+                    f"{self._where(name)} should have {expected} bytes, and has {size}. Load another checkpoint."
+                )
+
+    def open(self) -> int:
+        """`check`, then read the manifest and find the pieces in it; returns the bytes read. Raises as `check` does."""
+        self.check()
+        try:
+            data = self._storage.get(self._file.manifest, limit=self._file.manifest_size)
+        except ObjectNotFoundError as error:
+            raise CorruptCheckpointError(f"a file of the checkpoint is missing: {error}") from error
+        manifest = self._rank_manifest(data)
+        entries = {(entry.fqn, entry.offset): entry for entry in manifest.entries.values()}
+        where = self._where(self._file.name)
+        for piece in self.pieces:
+            entry = entries.get((piece.fqn, piece.offset))
+            if entry is None:
+                raise CorruptCheckpointError(
+                    f"{self._where(self._file.manifest)} doesn't list tensor {piece.fqn!r} at byte {piece.offset}"
+                )
+            self.extents.append(piece.extent(entry, where))
+        return len(data)
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        """Fill `into` with the file's bytes from `offset` on."""
+        self._storage.read_into(self._file.name, offset, into)
+
+    def _rank_manifest(self, data: bytes) -> RankManifest:
+        where = self._where(self._file.manifest)
+        if len(data) != self._file.manifest_size or digests_text([digest(data)]) != self._file.manifest_digest:
+            raise CorruptCheckpointError(f"{where} is not the file that was written. Load another checkpoint.")
+        manifest = decode_rank_manifest(data, where)
+        if (manifest.file, manifest.size) != (self._file.name, self.size):
+            raise CorruptCheckpointError(f"{where} describes another file than {self._file.name!r} of this checkpoint")
+        return manifest
+
+    def _where(self, name: str) -> str:
+        return f"{self._storage.url}/{name}"

@@ -1,0 +1,219 @@
+"""Filling tensors from a checkpoint: plan, check, then read, verify and place, range by range."""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final, NamedTuple
+
+import torch
+
+from shardckpt.box import Box
+from shardckpt.codecs import DTYPE_NAMES, digest, digests_text
+from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StateMismatchError, UsageError
+from shardckpt.manifest import Manifest
+from shardckpt.planner import ReadItem, Wanted, plan_load
+from shardckpt.reader.fetch import PAGE, Range, ranges
+from shardckpt.reader.place import Placement, Target
+from shardckpt.reader.shards import Piece, ShardFile
+from shardckpt.staging import Budget, StagingPool
+from shardckpt.storage import Storage
+from shardckpt.workers import THREADS, for_each
+
+READ_MEMORY: Final = 256 << 20
+"""Bytes of bounce buffers that one read may hold unless the caller says otherwise."""
+
+
+@dataclass
+class ReadStats:
+    """How far a read has come; final when `read_targets` returns, and still true when it raises."""
+
+    bytes_read: int = 0
+    """Bytes that came from the storage, including the manifests of ranks and what alignment adds."""
+    placing: bool = False
+    """Whether targets may have been changed. Set just before the first byte of one is."""
+    seconds: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def count(self, nbytes: int) -> None:
+        """Add bytes that were read, from any thread."""
+        with self._lock:
+            self.bytes_read += nbytes
+
+
+def read_targets(
+    manifest: Manifest,
+    storage: Storage,
+    targets: Sequence[Target],
+    *,
+    pool: StagingPool,
+    threads: int = THREADS,
+    read_memory: int = READ_MEMORY,
+    convert_dtype: bool = False,
+    stats: ReadStats | None = None,
+) -> ReadStats:
+    """Fill every target from the checkpoint that `manifest` describes and `storage` holds; return when all are full.
+
+    Only files and digest blocks that hold wanted elements are read, through at most `read_memory` bytes of `pool` (but
+    always one block), and nothing is placed before it has been verified. Before the first byte is placed, all needed
+    files are known to exist with the right size. An error up to then has changed nothing, and ``stats.placing`` is
+    False: pass `stats` to see that.
+
+    Raises:
+        StateMismatchError: the checkpoint lacks a target's tensor, or has it in another dtype and `convert_dtype` is
+            False; changing a complex dtype to a real one is always refused.
+        CorruptCheckpointError: a file is missing (then the cause is an ObjectNotFoundError), has the wrong size, or
+            does not match its digests; names the tensor, the file and the byte.
+        StorageError: the storage failed.
+    """
+    start = time.perf_counter()
+    stats = ReadStats() if stats is None else stats
+    devices = {target.tensor.device for target in targets if target.tensor.is_cuda}
+    # Inference tensors may be changed in inference mode only, and everything else may be there too.
+    inference = any(target.tensor.is_inference() for target in targets)
+    mode: Callable[[], AbstractContextManager[object]] = torch.inference_mode if inference else torch.no_grad
+    try:
+        with mode():
+            for target in targets:
+                _check_target(manifest, target, convert_dtype)
+            files = _files(manifest, storage, targets)
+            for_each(files, partial(_open, stats), threads=threads, name="check")
+            work = [(file, piece) for file in files for piece in ranges(file.extents)]
+            if devices:
+                pool.pin()
+            for device in devices:
+                # Threads copy on streams of their own: what training has queued on these tensors comes first.
+                torch.cuda.synchronize(device)
+            job = partial(_read, budget=Budget(pool, read_memory), mode=mode, stats=stats)
+            for_each(work, job, threads=threads, name="read")
+    finally:
+        stats.seconds = time.perf_counter() - start
+    return stats
+
+
+def check_files(manifest: Manifest, storage: Storage, targets: Sequence[Target], *, threads: int = THREADS) -> None:
+    """Raise what `read_targets` would raise for files that are missing or of the wrong size, and read none.
+
+    Only the names and boxes of the targets matter, so that their memory may be allocated afterwards.
+    """
+    plan = _plan(manifest, storage, targets)
+    indices = {manifest.tensors[plan.names[item.wanted]].file[item.shard] for item in plan.items}
+    files = [ShardFile(storage, manifest.files[index]) for index in sorted(indices)]
+    for_each(files, ShardFile.check, threads=threads, name="check")
+
+
+class _Plan(NamedTuple):
+    """Which stored boxes fill which targets."""
+
+    names: list[str]
+    """Under which name each target's tensor is stored."""
+    boxes: dict[str, list[Box]]
+    """The stored boxes by that name."""
+    items: list[ReadItem]
+
+
+def _plan(manifest: Manifest, storage: Storage, targets: Sequence[Target]) -> _Plan:
+    # A tensor wanted under two names is one tensor, read once.
+    names = [manifest.aliases.get(target.fqn, target.fqn) for target in targets]
+    boxes: dict[str, list[Box]] = {}
+    for name, target in zip(names, targets, strict=True):
+        if name not in boxes:
+            tensor = manifest.tensors.get(name)
+            if tensor is None:
+                raise StateMismatchError(f"the checkpoint at {storage.url} has no tensor {target.fqn!r}")
+            boxes[name] = tensor.boxes()
+    wanted = [Wanted(name, target.box) for name, target in zip(names, targets, strict=True)]
+    return _Plan(names, boxes, plan_load(wanted, boxes.__getitem__))
+
+
+def _files(manifest: Manifest, storage: Storage, targets: Sequence[Target]) -> list[ShardFile]:
+    """The files that hold wanted elements, each with the pieces of it that do."""
+    plan = _plan(manifest, storage, targets)
+    placements: defaultdict[tuple[str, int], list[Placement]] = defaultdict(list)
+    for item in plan.items:
+        name = plan.names[item.wanted]
+        placement = Placement(plan.boxes[name][item.shard], item.overlap, targets[item.wanted])
+        placements[name, item.shard].append(placement)
+    files: dict[int, ShardFile] = {}
+    for (name, shard), wanted in placements.items():
+        tensor = manifest.tensors[name]
+        index = tensor.file[shard]
+        if index not in files:
+            files[index] = ShardFile(storage, manifest.files[index])
+        files[index].pieces.append(Piece(name, tensor, shard, plan.boxes[name][shard], wanted))
+    return list(files.values())
+
+
+def _check_target(manifest: Manifest, target: Target, convert_dtype: bool) -> None:
+    """Raise where the target can't take what the checkpoint has for it; `_plan` says where it has nothing."""
+    if tuple(target.tensor.shape) != target.box.lengths:
+        raise UsageError(f"target of shape {tuple(target.tensor.shape)} for {target.box} of tensor {target.fqn!r}")
+    dtype = DTYPE_NAMES.get(target.tensor.dtype, str(target.tensor.dtype))
+    tensor = manifest.resolve(target.fqn)
+    if tensor is None or dtype == tensor.dtype:
+        return
+    if not convert_dtype:
+        raise StateMismatchError(
+            f"tensor {target.fqn!r} is {tensor.dtype} in the checkpoint and {dtype} here; convert_dtype=True converts"
+        )
+    if tensor.dtype.startswith("complex") and not dtype.startswith("complex"):
+        raise StateMismatchError(
+            f"tensor {target.fqn!r} is {tensor.dtype} in the checkpoint and {dtype} here, which would lose half of it"
+        )
+
+
+def _open(stats: ReadStats, file: ShardFile) -> None:
+    stats.count(file.open())
+
+
+def _read(
+    work: tuple[ShardFile, Range[Piece]],
+    *,
+    budget: Budget,
+    mode: Callable[[], AbstractContextManager[object]],
+    stats: ReadStats,
+) -> None:
+    """Read one range, and verify and place what it holds."""
+    file, wanted = work
+    block = budget.acquire()
+    try:
+        stop = min(-(-wanted.stop // PAGE) * PAGE, file.size)
+        memory = block.memory[: stop - wanted.start]
+        file.read_into(wanted.start, memory)
+        stats.count(len(memory))
+        with mode():
+            for run in wanted.runs:
+                run.extent.subject.verify(run, block, wanted.start)
+                stats.placing = True
+                run.extent.subject.place(run, block, wanted.start)
+    finally:
+        block.release()
+
+
+def read_bytes(storage: Storage, name: str, offset: int, nbytes: int, digest_text: str) -> bytes:
+    """Read and verify bytes of an object: ``digest_text`` is their xxh3-64 in 16 hex digits.
+
+    Raises CorruptCheckpointError where the object is missing (the cause is an ObjectNotFoundError), too short, or other
+    bytes are in it. Nothing is allocated for bytes that aren't there.
+    """
+    where = f"{storage.url}/{name}"
+    try:
+        size = storage.size(name)
+        if offset + nbytes > size:
+            raise CorruptCheckpointError(
+                f"{where} ends at byte {size}, but {nbytes} bytes at {offset} are wanted. Load another checkpoint."
+            )
+        data = bytearray(nbytes)
+        storage.read_into(name, offset, memoryview(data))
+    except ObjectNotFoundError as error:
+        raise CorruptCheckpointError(f"a file of the checkpoint is missing: {error}") from error
+    found = digests_text([digest(data)])
+    if found != digest_text:
+        raise CorruptCheckpointError(
+            f"{where}: {nbytes} bytes at {offset} are damaged: their digest is {found}, not {digest_text}. "
+            "Load another checkpoint."
+        )
+    return bytes(data)

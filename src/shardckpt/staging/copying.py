@@ -1,0 +1,203 @@
+"""Copying tensors into staging blocks: the only part of a save that training waits for.
+
+The bytes of all sources, back to back, are one stream, and a block is a window on it. Blocks are emitted as they fill,
+so that writing overlaps staging; for an asynchronous save the caller goes on when the last one is filled.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from shardckpt.box import Box, boxes_of_range, slices
+from shardckpt.staging.memory import Block, Budget, StagingPool
+from shardckpt.storage import BLOCK
+
+SMALL: Final = 256 << 10
+"""Bytes below which contiguous tensors are copied together: calls would cost more than the copies."""
+
+
+class Source(NamedTuple):
+    """One entry of this rank's shard and where its elements are now."""
+
+    key: str
+    """Its name in the shard's safetensors header."""
+    fqn: str
+    dtype: str
+    box: Box
+    """In coordinates of the whole tensor."""
+    tensor: torch.Tensor
+    """Exactly the elements of the box: shape ``box.lengths``, any strides, any device."""
+    nbytes: int
+
+
+def stage(
+    sources: Sequence[Source],
+    pool: StagingPool,
+    *,
+    limit: int | None,
+    first_block_offset: int,
+    emit: Callable[[Block], None],
+) -> None:
+    """Copy `sources`, in order and without gaps, into blocks of `pool`, and emit each block once it is full.
+
+    At most `limit` bytes of blocks are out at a time (but always one block); beyond that, wait until whoever got them
+    from `emit` releases some. The first block's data starts at byte `first_block_offset`, and `Block.filled` says where
+    a block's data ends; only the last may end before the block does. Sources without elements leave no trace.
+
+    On return every byte has been copied and the tensors may change. `emit` owns a block from its call on. An error of
+    `emit` or of a copy is raised; the blocks not emitted by then have been released.
+    """
+    devices = {source.tensor.device for source in sources if source.tensor.is_cuda}
+    if devices:
+        pool.pin()
+    with torch.no_grad(), ExitStack() as stack:
+        streams = [_enter_side_stream(stack, device) for device in devices]
+        filler = _Filler(Budget(pool, limit), first_block_offset, emit, streams)
+        try:
+            for source in sources:
+                if source.nbytes:
+                    filler.add(source.tensor, source.nbytes)
+            filler.finish()
+        except BaseException:
+            filler.abandon()
+            raise
+
+
+def _enter_side_stream(stack: ExitStack, device: torch.device) -> Any:
+    """Make a stream of our own the current one of `device`, ordered after all that training has queued there."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    stack.enter_context(torch.cuda.stream(stream))
+    return stream
+
+
+class _Filler:
+    """The block being filled, and those that wait for their device copies.
+
+    Copies from CUDA devices are queued, not waited for, so a full block is emitted one block later: when the copies of
+    the next are queued behind its own and the device has something to do meanwhile.
+    """
+
+    def __init__(
+        self, budget: Budget, first_block_offset: int, emit: Callable[[Block], None], streams: Sequence[Any]
+    ) -> None:
+        self._budget = budget
+        self._emit = emit
+        self._streams = streams
+        self._block: Block | None = None
+        self._at = first_block_offset
+        self._pending: deque[tuple[Block, list[Any]]] = deque()
+        self._small: list[torch.Tensor] = []
+        self._small_nbytes = 0
+
+    def add(self, tensor: torch.Tensor, nbytes: int) -> None:
+        """Append all elements of `tensor`, which are `nbytes` bytes, to the stream."""
+        if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            self._add_bytes(tensor.view(-1).view(torch.uint8), nbytes)
+        elif (self._at + self._small_nbytes) % tensor.element_size():
+            self._add_bytes(_plain(tensor).view(-1).view(torch.uint8), nbytes)
+        else:
+            self._add_elements(tensor)
+
+    def finish(self) -> None:
+        """Emit what is left, complete or not."""
+        self._gather()
+        if self._block is not None:
+            self._complete()
+        self._emit_pending(0)
+
+    def abandon(self) -> None:
+        """Release what has not been emitted, once no device writes to it any more."""
+        for stream in self._streams:
+            stream.synchronize()
+        for block, _ in self._pending:
+            block.release()
+        self._pending.clear()
+        if self._block is not None:
+            self._block.release()
+            self._block = None
+
+    def _add_bytes(self, octets: torch.Tensor, nbytes: int) -> None:
+        if nbytes < SMALL and self._at + self._small_nbytes + nbytes <= BLOCK:
+            if self._small and octets.device != self._small[0].device:
+                self._gather()
+            self._small.append(octets)
+            self._small_nbytes += nbytes
+            return
+        self._gather()
+        done = 0
+        while done < nbytes:
+            window, at = self._window()
+            size = min(nbytes - done, BLOCK - at)
+            window[at : at + size].copy_(octets[done : done + size], non_blocking=octets.is_cuda)
+            done += size
+            self._advance(size)
+
+    def _add_elements(self, tensor: torch.Tensor) -> None:
+        """Append a tensor whose memory isn't in the order or of the form that is stored: convert while copying."""
+        self._gather()
+        itemsize, count, done = tensor.element_size(), tensor.numel(), 0
+        while done < count:
+            window, at = self._window()
+            size = min(count - done, (BLOCK - at) // itemsize)
+            into = window[at : at + size * itemsize].view(tensor.dtype)
+            start = 0
+            for box in boxes_of_range(tensor.shape, done, done + size):
+                part = into[start : start + box.volume].view(box.lengths)
+                part.copy_(tensor[slices(box)], non_blocking=tensor.is_cuda)
+                start += box.volume
+            done += size
+            self._advance(size * itemsize)
+
+    def _gather(self) -> None:
+        """Copy the small tensors that have been put off; they fit into the block."""
+        if self._small:
+            window, at = self._window()
+            into = window[at : at + self._small_nbytes]
+            if self._small[0].device.type == "cpu":
+                torch.cat(self._small, out=into)
+            else:
+                gathered = torch.cat(self._small)
+                into.copy_(gathered, non_blocking=gathered.is_cuda)
+            size, self._small_nbytes = self._small_nbytes, 0
+            self._small.clear()
+            self._advance(size)
+
+    def _window(self) -> tuple[torch.Tensor, int]:
+        """The block being filled, as bytes, and how far it is."""
+        if self._block is None:
+            block = self._budget.try_acquire()
+            if block is None:
+                # What is pending must go out first: nobody releases a block that was never emitted.
+                self._emit_pending(0)
+                block = self._budget.acquire()
+            self._block = block
+        return self._block.tensor, self._at
+
+    def _advance(self, nbytes: int) -> None:
+        self._at += nbytes
+        if self._at == BLOCK:
+            self._complete()
+
+    def _complete(self) -> None:
+        assert self._block is not None
+        block, self._block = self._block, None
+        block.filled, self._at = self._at, 0
+        self._pending.append((block, [stream.record_event() for stream in self._streams]))
+        self._emit_pending(1 if self._streams else 0)
+
+    def _emit_pending(self, keep: int) -> None:
+        while len(self._pending) > keep:
+            _, events = self._pending[0]
+            for event in events:
+                event.synchronize()
+            block, _ = self._pending.popleft()
+            self._emit(block)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy without the conjugate and negative bits."""
+    return tensor.contiguous().resolve_conj().resolve_neg()

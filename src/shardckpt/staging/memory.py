@@ -1,0 +1,229 @@
+"""Host memory for staging and for reading: aligned blocks on huge pages, allocated once and reused for ever.
+
+Touching a page for the first time costs more than filling it (tried: 1 GiB of fresh memory took 1.4 s to touch on a
+VM, copying into it afterwards 0.06 s), and direct I/O needs alignment. So a `StagingPool` maps big arenas, cuts them
+into blocks that start on a huge page, touches each before it is first handed out, and never gives memory back until
+it is closed. A `Budget` is what one save or one load may hold of it at a time.
+"""
+
+import mmap
+import os
+import threading
+import weakref
+from contextlib import suppress
+from typing import Any, Final
+
+import torch
+
+from shardckpt.errors import UsageError
+from shardckpt.storage import BLOCK
+
+HUGE_PAGE: Final = 2 << 20
+"""Bytes of a huge page on x86-64 and on arm64 with 4 KiB base pages."""
+ARENA_BLOCKS: Final = 16
+"""Blocks mapped at a time. A process may have 65,530 mappings; one for each block would come near that at 256 GiB."""
+
+_HUGE_PAGES: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)
+_NOT_IN_CHILDREN: Final[int | None] = getattr(mmap, "MADV_DONTFORK", None)
+_CUDA_HOST_REGISTER_PORTABLE: Final = 1
+
+_mappings: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
+_inherited: list[mmap.mmap] = []
+
+
+def _keep_inherited_mappings() -> None:
+    """In a forked child the arenas don't exist, but freeing their objects would still unmap those addresses."""
+    _inherited.extend(_mappings)
+
+
+os.register_at_fork(after_in_child=_keep_inherited_mappings)
+
+
+class Block:
+    """`BLOCK` bytes of pool memory that start on a huge page."""
+
+    __slots__ = ("budget", "filled", "memory", "pinned", "tensor")
+
+    def __init__(self, memory: memoryview) -> None:
+        self.memory = memory
+        """The bytes, writable."""
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        """The same bytes as a uint8 tensor of shape (BLOCK,)."""
+        self.filled = 0
+        """Where the valid bytes end; the user of the block sets it."""
+        self.pinned = False
+        self.budget: Budget | None = None
+
+    def release(self) -> None:
+        """Give the block back to the budget it came from. Its memory may have a new owner before this returns."""
+        budget, self.budget = self.budget, None
+        assert budget is not None, "a block is released once"
+        budget.release(self)
+
+
+class StagingPool:
+    """Blocks for whoever stages or reads, from any thread. Never waits: waiting for memory is `Budget`'s job."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[Block] = []
+        self._untouched: list[Block] = []
+        self._touched = 0
+        self._pinning = False
+        self._pinned: list[int] = []
+        self._unpin = weakref.finalize(self, _unregister, self._pinned)
+        self._pid = os.getpid()
+        self._closed = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the pool occupies, in use or free."""
+        return self._touched * BLOCK
+
+    def take(self) -> Block:
+        """A block that nobody else holds, with whatever bytes its last user left in it.
+
+        Raises UsageError in a forked child, where the memory isn't, and after `close`.
+        """
+        self._check_usable()
+        with self._lock:
+            block = self._free.pop() if self._free else None
+        if block is None:
+            block = self._touch_another()
+        if self._pinning and not block.pinned:
+            self._pin(block)
+        return block
+
+    def give(self, block: Block) -> None:
+        """Take back a block from `take`."""
+        with self._lock:
+            if not self._closed:
+                self._free.append(block)
+
+    def reserve(self, nbytes: int) -> None:
+        """Grow to at least `nbytes` and touch every page, so that no save pays for it: a GiB may take a second.
+
+        Meant for a thread of its own; it ends early when the pool is closed.
+        """
+        while self._touched * BLOCK < nbytes and not self._closed:
+            self.give(self._touch_another())
+
+    def pin(self) -> None:
+        """From now on hand out only blocks that CUDA devices copy to and from without a detour, where there is CUDA."""
+        self._pinning = torch.cuda.is_available()
+
+    def close(self) -> None:
+        """Let go of the memory. Blocks still out stay valid until their holders drop them. May be called twice."""
+        with self._lock:
+            self._closed = True
+            self._free.clear()
+            self._untouched.clear()
+            self._touched = 0
+        if os.getpid() == self._pid:
+            self._unpin()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise UsageError("This Checkpointer is closed; make a new one.")
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"Process {os.getpid()} was forked from process {self._pid} and uses its Checkpointer, whose memory it "
+                "doesn't have. Make a Checkpointer in the child."
+            )
+
+    def _touch_another(self) -> Block:
+        """A block of memory that the pool didn't occupy before, with its pages present."""
+        with self._lock:
+            if not self._untouched:
+                self._untouched = _map_arena()
+            block = self._untouched.pop()
+            self._touched += 1
+        # One byte a page is enough for the kernel to supply it; unlike madvise, a torch operation releases the GIL.
+        block.tensor[:: mmap.PAGESIZE].zero_()
+        return block
+
+    def _pin(self, block: Block) -> None:
+        address = block.tensor.data_ptr()
+        # A refusal (no right to lock so much memory, say) costs only speed: copies then go through the driver's own.
+        block.pinned = True
+        if int(_cudart().cudaHostRegister(address, BLOCK, _CUDA_HOST_REGISTER_PORTABLE)) == 0:
+            with self._lock:
+                self._pinned.append(address)
+
+
+def _unregister(addresses: list[int]) -> None:
+    """Undo what `StagingPool._pin` told the CUDA driver, before the memory goes."""
+    while addresses:
+        _cudart().cudaHostUnregister(addresses.pop())
+
+
+def _cudart() -> Any:
+    """CUDA's runtime library, as far as torch exposes it; torch doesn't annotate it."""
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _map_arena() -> list[Block]:
+    """`ARENA_BLOCKS` new blocks, none of whose pages exist yet."""
+    nbytes = ARENA_BLOCKS * BLOCK
+    # Private: shared anonymous memory is a tmpfs file, which has huge pages only where an administrator allowed them.
+    mapping = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in (_HUGE_PAGES, _NOT_IN_CHILDREN):
+        if advice is not None:
+            # A kernel built without the feature says EINVAL; it's advice, so go on without.
+            with suppress(OSError):
+                mapping.madvise(advice)
+    _mappings.add(mapping)
+    whole = memoryview(mapping)
+    start = -torch.frombuffer(whole, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+    # Popped from the end, so that blocks are handed out in the order of their addresses.
+    return [Block(whole[at : at + BLOCK]) for at in range(start + nbytes - BLOCK, start - 1, -BLOCK)]
+
+
+class Budget:
+    """The share of a pool that one save or load may hold at a time.
+
+    `limit` is in bytes, None for no limit. One block is always allowed, however small the limit, so that progress never
+    depends on it; whoever waits is woken by the `release` of a block from the same budget.
+    """
+
+    def __init__(self, pool: StagingPool, limit: int | None) -> None:
+        self._pool = pool
+        self._blocks = None if limit is None else max(1, limit // BLOCK)
+        self._held = 0
+        self._changed = threading.Condition()
+
+    def acquire(self) -> Block:
+        """A block, after waiting for one to come back where the limit is reached."""
+        with self._changed:
+            while self._blocks is not None and self._held >= self._blocks:
+                self._changed.wait()
+            self._held += 1
+        return self._take()
+
+    def try_acquire(self) -> Block | None:
+        """A block, or None where the limit is reached."""
+        with self._changed:
+            if self._blocks is not None and self._held >= self._blocks:
+                return None
+            self._held += 1
+        return self._take()
+
+    def release(self, block: Block) -> None:
+        """Take a block back; see `Block.release`."""
+        self._pool.give(block)
+        self._let_another()
+
+    def _take(self) -> Block:
+        try:
+            block = self._pool.take()
+        except BaseException:
+            self._let_another()
+            raise
+        block.budget = self
+        block.filled = 0
+        return block
+
+    def _let_another(self) -> None:
+        with self._changed:
+            self._held -= 1
+            self._changed.notify()
