@@ -1,0 +1,22 @@
+"""State: the user's nested objects on one side, named tensors, JSON and bytes on the other.
+
+`flatten` goes one way, `Match` the other. Nothing above this package asks what kind of object a value was.
+"""
+
+from shardckpt.state.flatten import Flattened, flatten
+from shardckpt.state.leaves import LocalTensor
+from shardckpt.state.match import Differences, Match
+from shardckpt.state.names import ModuleState, OptimizerState, parameter_names
+from shardckpt.state.skeleton import merge
+
+__all__ = [
+    "Differences",
+    "Flattened",
+    "LocalTensor",
+    "Match",
+    "ModuleState",
+    "OptimizerState",
+    "flatten",
+    "merge",
+    "parameter_names",
+]

@@ -1,0 +1,92 @@
+"""Modules as restore targets."""
+
+import collections
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from shardckpt.state import names, values
+from shardckpt.state.leaves import is_raw_tensor, is_uninitialised, storage_key
+from shardckpt.state.skeleton import tensor_name
+
+if TYPE_CHECKING:
+    from shardckpt.state.match import Match, Thunk
+
+Json = Any
+
+
+def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json, path: str) -> "Thunk":
+    """Match a module with what was saved of it, through its own ``state_dict()``/``load_state_dict`` semantics.
+
+    Where the state dict shows the module's own memory and nothing in the module customises loading, tensors are read
+    straight into it. Otherwise ``load_state_dict`` gets the whole dict, in which tensors that were read in place stand
+    for themselves.
+    """
+    module = names.module_of(live)
+    saved = match.items(node, path)
+    if saved is None:
+        match.differences.mismatched.append(f"{path or 'the root'}: a module here, something else in the checkpoint")
+        return lambda: live
+    state_dict = live.state_dict if isinstance(live, names.ModuleState) else module.state_dict()
+    cleaned = names.clean_names(module, list(state_dict))
+    storages = {storage_key(t) for t in [*module.parameters(), *module.buffers()] if not is_uninitialised(t)}
+    thunks: dict[str, Thunk] = {}
+    missing = []
+    in_place = True
+    for raw, value in state_dict.items():
+        clean = cleaned[raw]
+        child = names.child_path(path, clean)
+        if clean not in saved:
+            missing.append(child)
+            continue
+        raw_live = isinstance(value, Tensor) and is_raw_tensor(value) and not is_uninitialised(value)
+        if raw_live and storage_key(value) in storages:
+            thunks[raw] = match.tensor(value, saved[clean], child)
+            continue
+        in_place = False
+        name = tensor_name(saved[clean])
+        if not raw_live or name is None or match.fits(value, name, child):
+            thunks[raw] = match.new(saved[clean], child)
+    unexpected = [clean for clean in saved if clean not in set(cleaned.values())]
+    if (missing or unexpected) and _renames_on_load(module):
+        # Its own loading code may know the old names, so it is asked, and it judges strictness itself.
+        missing, in_place = [], False
+        for clean in unexpected:
+            thunks[clean] = match.new(saved[clean], names.child_path(path, clean))
+        unexpected = []
+    match.differences.missing += missing
+    match.differences.unexpected += [names.child_path(path, clean) for clean in unexpected]
+    if in_place and not _customises_loading(module):
+        return lambda: ([thunk() for thunk in thunks.values()], live)[1]
+    versions = node["$module"]["versions"] if values.tag_of(node) == "$module" else {}
+    strict = match.strict
+
+    def place() -> Any:
+        loaded = collections.OrderedDict((raw, thunk()) for raw, thunk in thunks.items())
+        loaded._metadata = {  # type: ignore[attr-defined]  # torch passes modules' versions this way
+            name: {"version": versions.get(name, 1)} for name, _ in module.named_modules()
+        }
+        module.load_state_dict(loaded, strict=strict)
+        return live
+
+    return place
+
+
+def _overrides_loading(module: nn.Module) -> bool:
+    loader = type(module)._load_from_state_dict
+    # torch.nn's own overrides only complete what old versions lack, which a matching checkpoint does not.
+    return loader is not nn.Module._load_from_state_dict and not loader.__module__.startswith("torch.nn.modules.")
+
+
+def _renames_on_load(module: nn.Module) -> bool:
+    return any(m._load_state_dict_pre_hooks or _overrides_loading(m) for m in module.modules())
+
+
+def _customises_loading(module: nn.Module) -> bool:
+    return any(
+        m._load_state_dict_pre_hooks
+        or m._load_state_dict_post_hooks
+        or _overrides_loading(m)
+        or type(m).load_state_dict is not nn.Module.load_state_dict
+        for m in module.modules()
+    )

@@ -1,0 +1,120 @@
+"""Questions about a saved skeleton that need no live state."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from shardckpt.state import values
+
+Json = Any
+
+
+def module_entries(node: Json) -> dict[str, Json] | None:
+    """The entries of a module node by name in the module; None where the node is none."""
+    return node["$module"]["entries"] if values.tag_of(node) == "$module" else None
+
+
+def optimizer_node(node: Json) -> dict[str, Json] | None:
+    """The body of an optimizer node; None where the node is none."""
+    return node["$optimizer"] if values.tag_of(node) == "$optimizer" else None
+
+
+def tensor_name(node: Json) -> str | None:
+    """The name of the stored tensor that a node stands for; None where it is no single tensor."""
+    return node[tag] if (tag := values.tag_of(node)) in ("$tensor", "$ndarray") else None
+
+
+def as_torch_format(node: Json) -> Json:
+    """An optimizer node as the node of torch's own state dict: state by index, as ``load_state_dict`` takes it."""
+    body = node["$optimizer"]
+    index = 0
+    indices: dict[str, int] = {}
+    groups = []
+    for group in body["param_groups"]:
+        numbers = list(range(index, index + len(group["params"])))
+        index += len(numbers)
+        for name, number in zip(group["params"], numbers, strict=True):
+            indices.setdefault(name, number)
+        groups.append(dict(values.pairs_of(group["options"]) or []) | {"params": numbers})
+    state = [[indices[name], value] for name, value in body["state"].items() if name in indices]
+    rest = values.pairs_of(body.get("rest", {})) or []
+    return {"state": {"$dict": state + body.get("loose", [])}, "param_groups": groups} | dict(rest)
+
+
+def contains_tensor(node: Json) -> bool:
+    """Whether any tensor stands in a node."""
+    if isinstance(node, dict):
+        return any(key in ("$tensor", "$sparse", "$ndarray") or contains_tensor(value) for key, value in node.items())
+    return isinstance(node, list) and any(contains_tensor(item) for item in node)
+
+
+def object_paths(node: Json) -> Iterator[str]:
+    """The paths of the pickled objects in a node."""
+    if isinstance(node, dict):
+        if values.tag_of(node) == "$object":
+            yield node["$object"]
+        else:
+            for value in node.values():
+                yield from object_paths(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from object_paths(item)
+
+
+def merge(first: Json, second: Json) -> Json:
+    """Two ranks' skeletons as one: everything of ``first``, and of ``second`` the places that ``first`` lacks."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        tag, other = values.tag_of(first), values.tag_of(second)
+        if tag != other:
+            return first
+        if tag in ("$dict", "$ordered", "$counter"):
+            return {tag: _merge_pairs(first[tag], second[tag])}
+        if tag == "$defaultdict":
+            return {tag: [first[tag][0], _merge_pairs(first[tag][1], second[tag][1])]}
+        if tag == "$optimizer":
+            return {tag: _merge_optimizers(first[tag], second[tag])}
+        if tag is not None and tag not in ("$module", "$sparse"):
+            return first
+        return {key: merge(value, second[key]) if key in second else value for key, value in first.items()} | {
+            key: value for key, value in second.items() if key not in first
+        }
+    if isinstance(first, list) and isinstance(second, list):
+        merged = [merge(a, b) for a, b in zip(first, second, strict=False)] + first[len(second) :]
+        tail = second[len(first) :]
+        # Plain values come from the lowest rank; only tensors make a longer list of a higher rank worth having.
+        return merged + tail if contains_tensor(tail) else merged
+    return first
+
+
+def _merge_pairs(first: list[list[Json]], second: list[list[Json]]) -> list[list[Json]]:
+    others = {repr(key): value for key, value in second}
+    merged = [[key, merge(value, others[repr(key)]) if repr(key) in others else value] for key, value in first]
+    known = {repr(key) for key, _ in first}
+    return merged + [[key, value] for key, value in second if repr(key) not in known]
+
+
+def _merge_optimizers(first: dict[str, Json], second: dict[str, Json]) -> dict[str, Json]:
+    groups = []
+    for index in range(max(len(first["param_groups"]), len(second["param_groups"]))):
+        pair = [body["param_groups"][index] for body in (first, second) if index < len(body["param_groups"])]
+        params = list(dict.fromkeys(name for group in pair for name in group["params"]))
+        groups.append({"params": params, "options": pair[0]["options"]})
+    return {**second, **first, "state": merge(first["state"], second["state"]), "param_groups": groups}
+
+
+def child_node(node: Json, key: Any, path: str) -> Json:
+    """The node under ``key`` of a container node; raises KeyError where there is none."""
+    entries = module_entries(node)
+    if entries is not None:
+        return entries[key]
+    if values.tag_of(node) == "$optimizer":
+        node = as_torch_format(node)
+    if values.tag_of(node) == "$tuple":
+        node = node["$tuple"]
+    if isinstance(node, list):
+        if not isinstance(key, int) or not 0 <= key < len(node):
+            raise KeyError(key)
+        return node[key]
+    for key_node, value in values.pairs_of(node) or []:
+        if values.decode_scalar(key_node, path) == key:
+            return value
+    raise KeyError(key)

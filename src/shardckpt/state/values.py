@@ -1,0 +1,199 @@
+"""Plain Python values as JSON, and back, without pickle.
+
+JSON says str, bool, None, lists, dicts with string keys, finite floats and small ints by itself. What it cannot say
+stands as an object with a single key that starts with ``$``:
+
+.. code-block:: text
+
+    {"$tensor": name}     {"$object": path}                        references into the manifest
+    {"$tuple": [...]}     {"$set": [...]}     {"$frozenset": [...]}
+    {"$dict": [[k, v]]}   {"$ordered": [[k, v]]}   {"$counter": [[k, v]]}   {"$defaultdict": [factory, [[k, v]]]}
+    {"$int": "..."}       {"$float": "nan"}   {"$complex": ["re", "im"]}   {"$bytes": base64}   {"$str": base64}
+    {"$size": [...]}      {"$dtype": "..."}   {"$device": "..."}   {"$path": "..."}   {"$numpy": [dtype, base64]}
+    {"$datetime": iso}    {"$date": iso}      {"$time": iso}       {"$timedelta": [days, seconds, microseconds]}
+
+`shardckpt.state.flatten` adds the tags of tensors' companions: ``$module``, ``$optimizer``, ``$sparse``, ``$ndarray``.
+Types are matched exactly: a subclass (an enum, a namedtuple) is not its base, and is pickled instead.
+"""
+
+import base64
+import collections
+import datetime
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from shardckpt.errors import CorruptCheckpointError
+
+Json = Any
+
+_SAFE_INT: Final = 1 << 53
+"""Past this, JSON readers in other languages lose digits."""
+
+FACTORIES: Final[dict[str, type]] = {t.__name__: t for t in (list, dict, set, tuple, int, float, str, bool, bytes)}
+"""The default factories of a defaultdict that need no pickle; torch's own ``weights_only`` admits these builtins."""
+
+NOT_PLAIN: Final = object()
+"""What `encode_scalar` returns for a value that is none of ours."""
+
+
+def _encode_str(value: str) -> Json:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return {"$str": base64.b64encode(value.encode("utf-16-le", "surrogatepass")).decode()}
+    return value
+
+
+def _encode_float(value: float) -> Json:
+    return value if math.isfinite(value) else {"$float": repr(value)}
+
+
+_ENCODERS: Final[dict[type, Callable[[Any], Json]]] = {
+    type(None): lambda value: None,
+    bool: lambda value: value,
+    str: _encode_str,
+    int: lambda value: value if abs(value) <= _SAFE_INT else {"$int": str(value)},
+    float: _encode_float,
+    complex: lambda value: {"$complex": [repr(value.real), repr(value.imag)]},
+    bytes: lambda value: {"$bytes": base64.b64encode(value).decode()},
+    torch.Size: lambda value: {"$size": list(value)},
+    torch.dtype: lambda value: {"$dtype": str(value).removeprefix("torch.")},
+    torch.device: lambda value: {"$device": str(value)},
+    datetime.datetime: lambda value: {"$datetime": value.isoformat()} if value.tzname() is None else NOT_PLAIN,
+    datetime.date: lambda value: {"$date": value.isoformat()},
+    datetime.time: lambda value: {"$time": value.isoformat()} if value.tzinfo is None else NOT_PLAIN,
+    datetime.timedelta: lambda value: {"$timedelta": [value.days, value.seconds, value.microseconds]},
+}
+
+
+def encode_scalar(value: Any) -> Json:
+    """The JSON of a value that holds no other values, or `NOT_PLAIN`."""
+    encoder = _ENCODERS.get(type(value))
+    if encoder is not None:
+        return encoder(value)
+    if isinstance(value, datetime.datetime) or isinstance(value, datetime.time):
+        return NOT_PLAIN
+    if isinstance(value, pathlib.PurePath):
+        return {"$path": str(value)}
+    return _encode_numpy(value)
+
+
+def _encode_numpy(value: Any) -> Json:
+    # Asking the type's module first keeps numpy, which torch can do without, an optional import.
+    if type(value).__module__ != "numpy":
+        return NOT_PLAIN
+    import numpy
+
+    if not isinstance(value, numpy.generic) or value.dtype.hasobject or value.dtype.names is not None:
+        return NOT_PLAIN
+    return {"$numpy": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
+
+
+def _decode_numpy(argument: list[str]) -> Any:
+    import numpy
+
+    dtype = numpy.dtype(argument[0])
+    if dtype.hasobject:
+        raise ValueError(f"numpy dtype {argument[0]!r} would hold objects")
+    return numpy.frombuffer(base64.b64decode(argument[1], validate=True), dtype=dtype, count=1)[0]
+
+
+def _decode_dtype(argument: str) -> torch.dtype:
+    dtype = getattr(torch, argument, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"this torch has no dtype {argument!r}")
+    return dtype
+
+
+_DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
+    "$int": int,
+    "$float": float,
+    "$complex": lambda argument: complex(float(argument[0]), float(argument[1])),
+    "$bytes": lambda argument: base64.b64decode(argument, validate=True),
+    "$str": lambda argument: base64.b64decode(argument, validate=True).decode("utf-16-le", "surrogatepass"),
+    "$size": torch.Size,
+    "$dtype": _decode_dtype,
+    "$device": torch.device,
+    "$path": pathlib.Path,
+    "$numpy": _decode_numpy,
+    "$datetime": datetime.datetime.fromisoformat,
+    "$date": datetime.date.fromisoformat,
+    "$time": datetime.time.fromisoformat,
+    "$timedelta": lambda argument: datetime.timedelta(*argument),
+}
+
+
+def tag_of(node: Json) -> str | None:
+    """The ``$`` tag of a node of the skeleton; None where the node speaks plain JSON."""
+    if isinstance(node, dict) and len(node) == 1:
+        (tag,) = node
+        if tag.startswith("$"):
+            return str(tag)
+    return None
+
+
+def decode_scalar(node: Json, path: str) -> Any:
+    """The value of a scalar node. Raises CorruptCheckpointError for an unknown tag or an impossible argument."""
+    tag = tag_of(node)
+    if tag is None:
+        return node
+    try:
+        return _DECODERS[tag](node[tag])
+    except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise CorruptCheckpointError(
+            f"the value at {path or 'the root'!r} has tag {tag!r} and cannot be read: {error}. The manifest is damaged."
+        ) from error
+
+
+def encode_pairs(value: dict[Any, Any], pairs: list[list[Json]]) -> Json:
+    """The JSON of a dict of one of the known dict types, given its encoded items in order."""
+    if type(value) is collections.OrderedDict:
+        return {"$ordered": pairs}
+    if type(value) is collections.Counter:
+        return {"$counter": pairs}
+    if type(value) is collections.defaultdict:
+        factory = value.default_factory
+        return {"$defaultdict": [None if factory is None else getattr(factory, "__name__", None), pairs]}
+    if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
+        return dict(pairs)
+    return {"$dict": pairs}
+
+
+def is_plain_dict(value: Any) -> bool:
+    """Whether a value is a dict that `encode_pairs` can say."""
+    if type(value) is collections.defaultdict:
+        factory = value.default_factory
+        return factory is None or FACTORIES.get(getattr(factory, "__name__", "")) is factory
+    return type(value) in (dict, collections.OrderedDict, collections.Counter)
+
+
+def pairs_of(node: Json) -> list[tuple[Json, Json]] | None:
+    """The (key node, value node) items of a dict node in order; None where the node is no dict."""
+    tag = tag_of(node)
+    if tag is None:
+        return list(node.items()) if isinstance(node, dict) else None
+    if tag in ("$dict", "$ordered", "$counter"):
+        return [(key, value) for key, value in node[tag]]
+    if tag == "$defaultdict":
+        return [(key, value) for key, value in node[tag][1]]
+    return None
+
+
+def empty_dict_of(node: Json) -> dict[Any, Any]:
+    """An empty dict of the type that a dict node stands for."""
+    match tag_of(node):
+        case "$ordered":
+            return collections.OrderedDict()
+        case "$counter":
+            return collections.Counter()
+        case "$defaultdict":
+            name = node["$defaultdict"][0]
+            if name is not None and name not in FACTORIES:
+                raise CorruptCheckpointError(f"a defaultdict has the unknown factory {name!r}; the manifest is damaged.")
+            return collections.defaultdict(FACTORIES[name] if name is not None else None)
+        case _:
+            return {}
