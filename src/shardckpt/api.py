@@ -1,0 +1,91 @@
+"""The three functions for a loop of one's own: a process-wide Checkpointer per set of options."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from shardckpt.background import PendingSave
+from shardckpt.checkpointer import Checkpointer, Compression, MapLocation, Path
+from shardckpt.reports import SaveReport
+
+_engines: dict[tuple[Any, ...], Checkpointer] = {}
+
+
+def _engine(
+    compression: Compression = None,
+    replicated: bool | Sequence[str] = False,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Checkpointer:
+    key = (compression, *(value if value is None or isinstance(value, bool) else tuple(value) for value in (replicated, include, exclude)))
+    if key not in _engines:
+        _engines[key] = Checkpointer(compression=compression, replicated=replicated, include=include, exclude=exclude)
+    return _engines[key]
+
+
+def save(
+    state: Any,
+    path: Path,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    compression: Compression = None,
+    replicated: bool | Sequence[str] = False,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> SaveReport:
+    """Save ``state`` to ``path``; every rank calls, and it returns once the checkpoint is committed.
+
+    ``state`` is a nested dict of tensors, modules, optimizers, objects with ``state_dict``/``load_state_dict`` and plain
+    values, or one of these by itself. For the options see `Checkpointer`, for the errors `Checkpointer.async_save`.
+    """
+    return _engine(compression, replicated, include, exclude).save(state, path, storage_options=storage_options)
+
+
+def async_save(
+    state: Any,
+    path: Path,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    compression: Compression = None,
+    replicated: bool | Sequence[str] = False,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> PendingSave:
+    """Save ``state`` as it is now in the background; returns once it may change. See `save`."""
+    return _engine(compression, replicated, include, exclude).async_save(state, path, storage_options=storage_options)
+
+
+def load(
+    path: Path,
+    state: Any = None,
+    *,
+    map_location: MapLocation = None,
+    strict: bool = True,
+    weights_only: bool | None = None,
+    convert_dtype: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Restore ``state`` in place and return a LoadReport, every rank calling; without ``state``, return the saved one.
+
+    See `Checkpointer.load`.
+    """
+    return _engine().load(
+        path,
+        state,
+        map_location=map_location,
+        strict=strict,
+        weights_only=weights_only,
+        convert_dtype=convert_dtype,
+        storage_options=storage_options,
+    )
+
+
+def read_tensor(
+    path: Path, name: str, *, map_location: MapLocation = None, storage_options: Mapping[str, Any] | None = None
+) -> torch.Tensor:
+    """One tensor of a checkpoint by its fully qualified name, whole, on this process alone.
+
+    Raises KeyError that names similar tensors where the checkpoint has none of that name.
+    """
+    return _engine().open(path, storage_options=storage_options).read_tensor(name, map_location=map_location)

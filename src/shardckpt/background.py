@@ -1,0 +1,158 @@
+"""The background: saves, aliases and removals of one Checkpointer, one after another, in a thread that ends when idle."""
+
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+from shardckpt.errors import SaveFailedError, UsageError
+from shardckpt.reports import SaveReport
+
+log = logging.getLogger(__name__)
+
+
+class PendingSave:
+    """A save that has been started.
+
+    Once `async_save` has returned this, the snapshot is taken and the state may change.
+    """
+
+    def __init__(self, path: str, save_id: str) -> None:
+        self.path = path
+        self.save_id = save_id
+        self._finished = threading.Event()
+        self._staged = False
+        self._report: SaveReport | None = None
+        self._error: SaveFailedError | None = None
+        self._reported = False
+
+    @property
+    def staged(self) -> bool:
+        """Whether the snapshot is complete, so that the state may change."""
+        return self._staged
+
+    def done(self) -> bool:
+        """Whether the save is over, well or badly. Does not wait."""
+        return self._finished.is_set()
+
+    def result(self, timeout: float | None = None) -> SaveReport:
+        """Wait until the save is over on all ranks.
+
+        ``timeout`` is in seconds; None waits as long as it takes, which ``commit_timeout`` bounds. Raises
+        SaveFailedError if any rank failed, on every rank, and TimeoutError if it is not over yet.
+        """
+        if not self._finished.wait(timeout):
+            raise TimeoutError(f"the save to {self.path} is still running after {timeout} s")
+        if self._error is not None:
+            self._reported = True
+            raise self._error
+        assert self._report is not None
+        return self._report
+
+    def succeeded(self) -> bool:
+        """Whether the save is over and committed."""
+        return self._finished.is_set() and self._error is None
+
+    def mark_staged(self) -> None:
+        self._staged = True
+
+    def resolve(self, outcome: SaveReport | SaveFailedError) -> None:
+        self._staged = True
+        if isinstance(outcome, SaveFailedError):
+            self._error = outcome
+        else:
+            self._report = outcome
+        self._finished.set()
+
+    def unreported_error(self) -> SaveFailedError | None:
+        """The failure, if the save is over and nobody has been told yet; telling it counts."""
+        if not self._finished.is_set() or self._reported:
+            return None
+        self._reported = True
+        return self._error
+
+    def __repr__(self) -> str:
+        state = "running" if not self.done() else "committed" if self._error is None else "failed"
+        return f"PendingSave({self.path!r}, {state})"
+
+
+class Background:
+    """Jobs in order, in one thread that lives while there are any, so that an idle process has none of ours.
+
+    The thread is no daemon: a process that ends without waiting still finishes its save.
+    """
+
+    def __init__(self) -> None:
+        self._state = threading.Condition()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._running = False
+        self._pid = os.getpid()
+        _all.add(self)
+
+    @property
+    def busy(self) -> bool:
+        with self._state:
+            return self._running
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run ``job`` after those submitted before it. It must not raise."""
+        self.check_fork()
+        with self._state:
+            self._jobs.append(job)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="shardckpt-background", daemon=False).start()
+
+    def wait(self) -> None:
+        """Until nothing is left to do."""
+        self.check_fork()
+        with self._state:
+            while self._running:
+                self._state.wait()
+
+    def check_fork(self) -> None:
+        """Raise UsageError in a forked child: it has none of the parent's threads, and half of its locks."""
+        if os.getpid() != self._pid:
+            raise UsageError(
+                "this Checkpointer was made in a parent process and cannot be used in a forked child. Use the spawn start"
+                " method, or make a new Checkpointer in the child."
+            )
+
+    def _run(self) -> None:
+        while True:
+            with self._state:
+                if not self._jobs:
+                    self._running = False
+                    self._state.notify_all()
+                    return
+                job = self._jobs.popleft()
+            try:
+                job()
+            except BaseException:
+                log.exception("a background job of shardckpt failed unexpectedly")
+
+
+_all: "weakref.WeakSet[Background]" = weakref.WeakSet()
+
+
+def _wait_for_all() -> None:
+    for background in list(_all):
+        if background._pid == os.getpid():
+            background.wait()
+
+
+def _wait_before_executors_close() -> None:
+    """Have interpreter exit wait for saves while libraries under the storage may still start their threads.
+
+    ``atexit`` is too late: it runs after concurrent.futures has refused new work, which aiobotocore needs.
+    """
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        import concurrent.futures.thread  # noqa: F401  # callbacks run last in, first out, and ours must run before its
+
+        register(_wait_for_all)
+
+
+_wait_before_executors_close()

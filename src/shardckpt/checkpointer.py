@@ -1,0 +1,410 @@
+"""The engine behind every entry point: options, memory and the background in one object.
+
+Save: flatten → plan → stage → write → commit. Load: manifest → plan → read → place.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Final, Literal
+
+import msgspec
+
+from shardckpt import commit, coordinator, loading, saving
+from shardckpt import manifest as mf
+from shardckpt.background import Background, PendingSave
+from shardckpt.coordinator import Operation
+from shardckpt.errors import SaveFailedError, ShardckptError, UsageError
+from shardckpt.loading import MapLocation, OpenCheckpoint
+from shardckpt.reports import LoadReport, SaveReport
+from shardckpt.saving import AliasJob, Opening, SaveJob, Structure
+from shardckpt.staging import StagingPool, stage
+from shardckpt.state import Flattened, flatten
+from shardckpt.storage import open_storage
+from shardckpt.writer import ShardWriter
+
+Compression = Literal["zstd"] | tuple[Literal["zstd"], int] | None
+Path = str | os.PathLike[str]
+
+SYNC_MEMORY: Final = 256 << 20
+"""Bytes of staging memory that a synchronous save uses: it need not hold the whole shard."""
+
+_DEFAULT_LEVEL: Final = 1
+"""zstd's level where none is named: checkpoints are written often, and noise compresses no better at higher ones."""
+
+_RESTARTS: Final = 3
+"""How often a load starts over because the checkpoint was overwritten while it read."""
+
+
+class Checkpointer:
+    """Saves and restores the state of a training job, every rank its own part.
+
+    All ranks of the default process group make the same calls in the same order; without a process group it is a job of
+    one. One save is in flight at a time: the next waits for it, and raises its error if nobody has seen that yet.
+
+    Args:
+        storage_options: for the fsspec file system behind a URL, such as ``key``, ``secret``, ``endpoint_url`` of s3fs.
+        compression: None, ``"zstd"`` or ``("zstd", level)``; in independent frames, so that a part is read without the
+            rest.
+        replicated: loose tensors and buffers that are equal on all ranks, so that their writing is shared: True for all,
+            or patterns of their names. Parameters, optimizer state and DTensors are shared without asking.
+        include, exclude: patterns (``fnmatch``) of the names that a save takes; by default all.
+        staging_limit: bytes of host memory that an asynchronous save may hold; a save past it still works, but its caller
+            waits for the disk. By default as much as this rank's shard.
+        timeout: seconds to wait for the other ranks to make the same call.
+        commit_timeout: seconds to wait in the background for the other ranks to finish writing.
+        alone: agree with no other rank, whatever process group there is.
+    """
+
+    def __init__(
+        self,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        compression: Compression = None,
+        replicated: bool | Sequence[str] = False,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        staging_limit: int | None = None,
+        timeout: float = 600.0,
+        commit_timeout: float = 1800.0,
+        alone: bool = False,
+    ) -> None:
+        self._storage_options = dict(storage_options or {})
+        self._codec = _codec(compression)
+        self._replicated = replicated
+        self._include, self._exclude = include, exclude
+        self._staging_limit = _positive("staging_limit", staging_limit)
+        self._timeout = _positive("timeout", timeout)
+        self._commit_timeout = _positive("commit_timeout", commit_timeout)
+        self._alone = alone
+        self._pool = StagingPool()
+        self._background = Background()
+        self._last: SaveJob | AliasJob | None = None
+        self._pending: list[PendingSave] = []
+        self._version: Hashable | None = None
+        self._structure: Structure | None = None
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        state: Any,
+        path: Path,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        state_version: Hashable | None = None,
+    ) -> SaveReport:
+        """Save ``state`` to ``path`` and return once it is committed. Arguments and errors are those of `async_save`."""
+        return self._start(state, path, storage_options, state_version, memory=SYNC_MEMORY).result()
+
+    def async_save(
+        self,
+        state: Any,
+        path: Path,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        state_version: Hashable | None = None,
+    ) -> PendingSave:
+        """Save ``state`` to ``path`` in the background; returns once the state may change.
+
+        What is saved is the state at this call. A checkpoint that lies at ``path`` is replaced at the commit, at once.
+
+        ``state_version`` is a promise: two successive saves with equal ones have the same tensors, though plain values
+        may differ. The second shares the first's shards, by hard links or server-side copies, and neither waits nor
+        writes them again.
+
+        Raises, on every rank, what any rank met before the first byte was written: UnserialisableError, UsageError,
+        ConflictingStateError, StorageError and its kinds, RankTimeoutError; and SaveFailedError for the save before this
+        one, if it failed and nobody has been told.
+        """
+        return self._start(state, path, storage_options, state_version, memory=self._staging_limit)
+
+    def _start(
+        self,
+        state: Any,
+        path: Path,
+        storage_options: Mapping[str, Any] | None,
+        state_version: Hashable | None,
+        *,
+        memory: int | None,
+    ) -> PendingSave:
+        times = saving.Times(time.monotonic(), [])
+        place = commit.checkpoint_path(path)
+        operation = self._begin(f"save({place!r})")
+        may_alias = state_version is not None and state_version == self._version and self._last is not None
+        word: bytes | Exception
+        try:
+            if not may_alias:
+                self._drain()
+            storage = open_storage(place, self._options(storage_options))
+            flat = flatten(state, replicated=self._replicated, include=self._include, exclude=self._exclude)
+            known = self._structure.key if self._structure is not None else ""
+            word = msgspec.msgpack.encode(Opening(flat.structure, flat.outline, known, may_alias))
+        except Exception as error:  # said to all ranks, and raised from there
+            word = error
+        openings = [msgspec.msgpack.decode(said, type=Opening) for said in operation.agree("open", word)]
+
+        alias_of = self._last if self._can_alias(openings) else None
+        structure = self._agreed_structure(operation, flat, openings, drain=may_alias and alias_of is None)
+        save_id, previous = self._open_place(operation, storage, 0 if alias_of is not None else structure.nbytes)
+        pending = PendingSave(place, save_id)
+        common = (structure, flat, previous, times)
+        job = (
+            self._write(pending, operation, storage, *common, memory=memory)
+            if alias_of is None
+            else self._share(pending, operation, storage, alias_of, *common)
+        )
+        times.stall.append(time.monotonic() - times.called)
+        self._last, self._version = job, state_version
+        return pending
+
+    def _can_alias(self, openings: Sequence[Opening]) -> bool:
+        return (
+            all(opening.may_alias for opening in openings)
+            and self._structure is not None
+            and saving.structure_key(openings) == self._structure.key
+            and len({opening.outline for opening in openings}) == 1
+        )
+
+    def _agreed_structure(
+        self, operation: Operation, flat: Flattened, openings: Sequence[Opening], *, drain: bool
+    ) -> Structure:
+        if drain:
+            # This rank could have shared the last save's shards but another could not, so it waits for that after all.
+            self._background.wait()
+        key = saving.structure_key(openings)
+        if self._structure is None or any(opening.known != key for opening in openings):
+            self._structure = None
+            self._structure = saving.agree_on_structure(operation, flat, openings)
+        return self._structure
+
+    def _open_place(self, operation: Operation, storage: Any, nbytes: int) -> tuple[str, commit.Found | None]:
+        previous = None
+        word: bytes | Exception = b""
+        if operation.rank == 0:
+            save_id = commit.new_save_id()
+            try:
+                previous = commit.open_place(storage, save_id, nbytes)
+                word = save_id.encode()
+            except Exception as error:
+                word = error
+        return operation.agree("place", word)[0].decode(), previous
+
+    def _write(
+        self,
+        pending: PendingSave,
+        operation: Operation,
+        storage: Any,
+        structure: Structure,
+        flat: Flattened,
+        previous: commit.Found | None,
+        times: saving.Times,
+        *,
+        memory: int | None,
+    ) -> SaveJob:
+        rank = operation.rank
+        sources = saving.sources(structure.plan, flat)
+        writer = ShardWriter(
+            storage,
+            mf.shard_name(rank, pending.save_id),
+            pending.save_id,
+            rank,
+            sources,
+            pool=self._pool,
+            codec=self._codec,
+        )
+        job = SaveJob(
+            pending=pending,
+            operation=operation,
+            storage=storage,
+            writer=writer,
+            structure=structure,
+            skeleton=flat.skeleton,
+            objects=flat.objects,
+            previous=previous,
+            commit_timeout=self._commit_timeout,
+            times=times,
+        )
+        self._submit(pending, job)
+        try:
+            stage(sources, self._pool, limit=memory, first_block_offset=writer.first_block_offset, emit=writer.emit)
+        except Exception as error:
+            # The background tells all ranks, this one too, so that the verdict is one.
+            writer.cancel(error)
+        else:
+            writer.finish()
+        pending.mark_staged()
+        return job
+
+    def _share(
+        self,
+        pending: PendingSave,
+        operation: Operation,
+        storage: Any,
+        source: SaveJob | AliasJob,
+        structure: Structure,
+        flat: Flattened,
+        previous: commit.Found | None,
+        times: saving.Times,
+    ) -> AliasJob:
+        job = AliasJob(
+            pending=pending,
+            operation=operation,
+            storage=storage,
+            source=source,
+            skeleton=flat.skeleton,
+            objects=flat.objects,
+            previous=previous,
+            commit_timeout=self._commit_timeout,
+            times=times,
+        )
+        pending.mark_staged()
+        self._submit(pending, job)
+        return job
+
+    def _submit(self, pending: PendingSave, job: SaveJob | AliasJob) -> None:
+        self._pending.append(pending)
+        self._background.submit(job.run)
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        path: Path,
+        state: Any = None,
+        *,
+        map_location: MapLocation = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+        convert_dtype: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Restore ``state`` in place from the checkpoint at ``path``, on any number of ranks, and return a LoadReport.
+
+        Without ``state``, return the whole saved state on this process, asking no other rank.
+
+        Tensors are written into, plain values replaced, modules and optimizers restored through their own semantics. A
+        top-level key that ``state`` lacks is skipped and reported. ``strict=False`` restores what matches and reports the
+        rest. ``map_location`` and ``weights_only`` mean what they mean in ``torch.load``; live tensors stay where they
+        are.
+
+        Raises CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError naming every difference before anything
+        has been changed, UnsafeLoadError, StorageError; on every rank, if on any.
+        """
+        if state is None:
+            opened = self.open(path, storage_options=storage_options)
+            return opened.materialise(map_location=map_location, weights_only=weights_only)
+        for attempt in range(_RESTARTS):
+            opened = self.open(path, storage_options=storage_options, collective=True)
+            try:
+                return opened.restore(
+                    state, strict=strict, map_location=map_location, weights_only=weights_only, convert_dtype=convert_dtype
+                )
+            except ShardckptError as error:
+                if attempt + 1 == _RESTARTS or not self._overwritten(opened, error):
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def open(
+        self, path: Path, *, storage_options: Mapping[str, Any] | None = None, collective: bool = False
+    ) -> OpenCheckpoint:
+        """Read the manifest of a checkpoint; ``collective``: rank 0 reads it, and all ranks get the same one."""
+        self._background.wait()
+        place = commit.checkpoint_path(path)
+        options = self._options(storage_options)
+        operation = self._begin(f"load({place!r})") if collective else coordinator.begin_alone()
+        storage = open_storage(place, options)
+        manifest = loading.read_manifest(place, storage, options, operation)
+        return OpenCheckpoint(place, manifest, storage, pool=self._pool, begin=self._begin)
+
+    def _overwritten(self, opened: OpenCheckpoint, error: ShardckptError) -> bool:
+        operation = self._begin(f"reload({opened.path!r})")
+        word: bytes | Exception = b""
+        if operation.rank == 0:
+            try:
+                word = b"yes" if loading.overwritten(opened, error) else b"no"
+            except Exception as failed:
+                word = failed
+        return operation.agree("overwritten", word)[0] == b"yes"
+
+    # -- the rest ---------------------------------------------------------------------------------------------------
+
+    def remove(self, path: Path, *, storage_options: Mapping[str, Any] | None = None) -> None:
+        """Remove the checkpoint at ``path``; called by one rank, and the others need not know.
+
+        While a save is in flight, the removal waits for it in the background, and is dropped if it fails: the last good
+        checkpoint is not removed before the one that replaces it is committed. A symbolic link is unlinked.
+        """
+        storage = open_storage(commit.checkpoint_path(path), self._options(storage_options))
+        waiting_for = [pending for pending in self._pending if not pending.done()]
+        if not self._background.busy:
+            commit.remove(storage)
+            return
+
+        def job() -> None:
+            if not all(pending.succeeded() for pending in waiting_for):
+                saving.log.warning("%s was to be removed, but is kept: the save that was to replace it failed", storage.url)
+                return
+            try:
+                commit.remove(storage)
+            except ShardckptError as error:
+                saving.log.warning("could not remove %s: %s", storage.url, error)
+
+        self._background.submit(job)
+
+    def prepare(self, state: Any) -> None:
+        """Allocate and touch, in the background, the memory that saving ``state`` will need. Costs nothing but memory."""
+        flat = flatten(state, replicated=self._replicated, include=self._include, exclude=self._exclude)
+        _, world_size = coordinator.rank_and_world_size()
+        nbytes = 0
+        for leaf in flat.tensors.values():
+            held = sum(view.numel() * view.element_size() for view in leaf.views)
+            nbytes += held // world_size if leaf.split and not self._alone else held
+        wanted = nbytes if self._staging_limit is None else min(nbytes, self._staging_limit)
+        threading.Thread(target=self._pool.reserve, args=(wanted,), name="shardckpt-prepare", daemon=True).start()
+
+    def wait(self) -> None:
+        """Until nothing is in flight. Raises the SaveFailedError that nobody has been told of yet."""
+        self._drain()
+
+    def close(self) -> None:
+        """Wait as `wait` does, then give the memory back. The Checkpointer stays usable and allocates anew."""
+        try:
+            self._drain()
+        finally:
+            self._pool.close()
+            self._pool = StagingPool()
+            self._last, self._version = None, None
+
+    def _begin(self, call: str) -> Operation:
+        self._background.check_fork()
+        return coordinator.begin_alone() if self._alone else coordinator.begin(call, timeout=self._timeout)
+
+    def _options(self, storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {**self._storage_options, **(storage_options or {})}
+
+    def _drain(self) -> None:
+        self._background.wait()
+        failures = [error for pending in self._pending if (error := pending.unreported_error()) is not None]
+        self._pending.clear()
+        if failures:
+            raise failures[0]
+
+
+def _codec(compression: Compression) -> tuple[str, int] | None:
+    if compression is None:
+        return None
+    name, level = (compression, _DEFAULT_LEVEL) if isinstance(compression, str) else compression
+    if name != "zstd" or type(level) is not int or not 1 <= level <= 22:
+        raise UsageError(f"compression is None, 'zstd' or ('zstd', level from 1 to 22), not {compression!r}")
+    return name, level
+
+
+def _positive(name: str, value: Any) -> Any:
+    if value is not None and not value > 0:
+        raise UsageError(f"{name} must be positive, not {value!r}")
+    return value
+
+
+__all__ = ["Checkpointer", "PendingSave", "SaveFailedError"]

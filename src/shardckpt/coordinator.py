@@ -1,0 +1,237 @@
+"""Agreement between ranks that carries errors, without a collective.
+
+Everything goes through the c10d Store of the default process group, as keys that one rank sets and others wait for with a
+timeout. A collective in a background thread would cross training's own; a Store cannot. Background threads use a clone of
+the Store, its own connection: on a shared one a background ``wait`` keeps a foreground ``set`` waiting.
+
+Like collectives, operations are matched by their order: every rank makes the same calls of shardckpt in the same order.
+Each call carries its name, so a rank that makes another one is told what the others are doing instead of hanging.
+"""
+
+import datetime
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+import msgspec
+import torch.distributed as dist
+
+from shardckpt import errors
+from shardckpt.errors import ConflictingStateError, RankTimeoutError, ShardckptError
+
+_GRACE_SECONDS: Final = 20.0
+"""How much longer the other ranks wait than rank 0, so that they hear from it who was missing."""
+
+
+class _Word(msgspec.Struct, array_like=True):
+    """What one rank says at one point of an operation."""
+
+    call: str
+    payload: bytes = b""
+    error: str | None = None
+    message: str = ""
+
+
+class Operation(Protocol):
+    """One call of shardckpt that all ranks make together."""
+
+    rank: int
+    world_size: int
+
+    def agree(self, point: str, word: bytes | Exception) -> list[bytes]:
+        """Say ``word`` and hear everyone's, by rank. Raises on every rank if any rank said an error."""
+
+    def post(self, point: str, word: bytes | Exception) -> None:
+        """Say ``word`` without waiting; safe in a background thread, as are the three below."""
+
+    def collect(self, point: str, timeout: float) -> list[bytes]:
+        """Rank 0: everyone's word at ``point``; raises what another rank said went wrong, or who was silent."""
+
+    def announce(self, point: str, word: bytes | Exception) -> None:
+        """Rank 0: say what all the others wait for."""
+
+    def hear(self, point: str, timeout: float) -> bytes:
+        """Other ranks: what rank 0 announced at ``point``, raising if that is an error."""
+
+    def in_background(self) -> "Operation":
+        """The same operation over a connection of its own."""
+
+
+def begin(call: str, *, timeout: float) -> Operation:
+    """Start an operation named ``call`` with all ranks of the default process group, or alone without one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        store = dist.distributed_c10d._get_default_store()  # no public accessor exists
+        number = next(_counters.setdefault(store, itertools.count()))
+        return _StoreOperation(store, f"shardckpt/{number}", call, dist.get_rank(), dist.get_world_size(), timeout)
+    return _SoloOperation()
+
+
+def begin_alone() -> Operation:
+    """An operation of this process only, whatever process group there is."""
+    return _SoloOperation()
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+_counters: "weakref.WeakKeyDictionary[dist.Store, itertools.count[int]]" = weakref.WeakKeyDictionary()
+
+
+class _SoloOperation:
+    """The one-process twin: what is said is heard at once."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self) -> None:
+        self._said: dict[str, bytes] = {}
+
+    def agree(self, point: str, word: bytes | Exception) -> list[bytes]:
+        if isinstance(word, Exception):
+            raise word
+        return [word]
+
+    def post(self, point: str, word: bytes | Exception) -> None:
+        if isinstance(word, Exception):
+            raise word
+        self._said[point] = word
+
+    def collect(self, point: str, timeout: float) -> list[bytes]:
+        return [self._said.pop(point)]
+
+    def announce(self, point: str, word: bytes | Exception) -> None:
+        return
+
+    def hear(self, point: str, timeout: float) -> bytes:
+        raise AssertionError("rank 0 announces; it does not hear")
+
+    def in_background(self) -> "_SoloOperation":
+        return self
+
+
+class _StoreOperation:
+    def __init__(self, store: Any, prefix: str, call: str, rank: int, world_size: int, timeout: float) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+        self._prefix = prefix
+        self._call = call
+        self._timeout = timeout
+
+    def in_background(self) -> "_StoreOperation":
+        return _StoreOperation(
+            _clone(self._store), self._prefix, self._call, self.rank, self.world_size, self._timeout
+        )
+
+    def agree(self, point: str, word: bytes | Exception) -> list[bytes]:
+        self.post(point, word)
+        own = word if isinstance(word, Exception) else None
+        try:
+            if self.rank != 0:
+                return msgspec.msgpack.decode(self.hear(point, self._timeout), type=list[bytes])
+            try:
+                words = self.collect(point, self._timeout)
+            except ShardckptError as error:
+                self.announce(point, error)
+                raise
+            self.announce(point, msgspec.msgpack.encode(words))
+            return words
+        except ShardckptError:
+            if own is not None:
+                # The rank that failed has the error itself, with its traceback; the others have its words.
+                raise own from None
+            raise
+
+    def post(self, point: str, word: bytes | Exception) -> None:
+        self._set(f"{point}/{self.rank}", word)
+
+    def announce(self, point: str, word: bytes | Exception) -> None:
+        self._set(f"{point}/all", word)
+
+    def collect(self, point: str, timeout: float) -> list[bytes]:
+        keys = [self._key(f"{point}/{rank}") for rank in range(self.world_size)]
+        self._wait(keys, point, timeout, [f"rank {rank}" for rank in range(self.world_size)])
+        words = [msgspec.msgpack.decode(word, type=_Word) for word in self._guarded(lambda: self._store.multi_get(keys))]
+        for key in keys:
+            self._guarded(lambda key=key: self._store.delete_key(key))
+        self._check_calls([word.call for word in words])
+        for rank, word in enumerate(words):
+            if word.error is not None:
+                raise _error_from(word, rank)
+        return [word.payload for word in words]
+
+    def hear(self, point: str, timeout: float) -> bytes:
+        key = self._key(f"{point}/all")
+        self._wait([key], point, timeout + _GRACE_SECONDS, ["rank 0"])
+        word = msgspec.msgpack.decode(self._guarded(lambda: self._store.get(key)), type=_Word)
+        heard = self._guarded(lambda: self._store.add(key + "/heard", 1))
+        if heard == self.world_size - 1:
+            for spent in (key, key + "/heard"):
+                self._guarded(lambda spent=spent: self._store.delete_key(spent))
+        if word.error is not None:
+            raise _error_from(word, None)
+        return word.payload
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}"
+
+    def _set(self, name: str, word: bytes | Exception) -> None:
+        said = (
+            _Word(self._call, word)
+            if not isinstance(word, Exception)
+            else _Word(self._call, error=type(word).__name__, message=str(word) or repr(word))
+        )
+        self._guarded(lambda: self._store.set(self._key(name), msgspec.msgpack.encode(said)))
+
+    def _wait(self, keys: list[str], point: str, timeout: float, who: list[str]) -> None:
+        try:
+            self._store.wait(keys, datetime.timedelta(seconds=timeout))
+        except RuntimeError as error:
+            silent = [name for key, name in zip(keys, who, strict=True) if not self._guarded(lambda key=key: self._store.check([key]))]
+            if not silent:
+                return
+            raise RankTimeoutError(
+                f"{_listed(silent)} did not reach {self._call} (point {point!r}) within {timeout:.0f} s, while rank {self.rank}"
+                " waited there. Every rank must make this call; if all do, look at the silent rank's log for why it is slow"
+                " or dead, or raise the timeout."
+            ) from error
+
+    def _guarded(self, action: Any) -> Any:
+        try:
+            return action()
+        except RuntimeError as error:
+            raise RankTimeoutError(
+                f"lost contact with the process group's store during {self._call}: {error}. The process that hosts it,"
+                " usually rank 0's or the launcher's, has probably died."
+            ) from error
+
+    def _check_calls(self, calls: Sequence[str]) -> None:
+        if len(set(calls)) > 1:
+            said = "; ".join(f"rank {rank} called {call}" for rank, call in enumerate(calls))
+            raise ConflictingStateError(
+                f"ranks made different calls: {said}. Every rank makes the same calls with the same path in the same order."
+            )
+
+
+def _clone(store: Any) -> Any:
+    if hasattr(store, "clone"):
+        return store.clone()
+    return store  # before torch 2.9 stores have no clone; waits then share the connection
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _error_from(word: _Word, rank: int | None) -> ShardckptError:
+    """An error that another rank met, as this rank raises it: of the same class where it is one of ours."""
+    kind = getattr(errors, word.error or "", None)
+    message = word.message if rank is None or word.message.startswith("rank ") else f"rank {rank}: {word.message}"
+    if isinstance(kind, type) and issubclass(kind, ShardckptError):
+        return kind(message)
+    return errors.RemoteError(message if word.error is None else f"{message} [{word.error}]")

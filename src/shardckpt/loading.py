@@ -1,0 +1,253 @@
+"""One load: the manifest, what it is restored into, and the order in which nothing is lost."""
+
+import difflib
+import io
+import os
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from shardckpt import commit
+from shardckpt import manifest as mf
+from shardckpt.coordinator import Operation
+from shardckpt.errors import (
+    CorruptCheckpointError,
+    LoadFailedError,
+    ObjectNotFoundError,
+    ShardckptError,
+    UnsafeLoadError,
+    UsageError,
+)
+from shardckpt.manifest import Manifest
+from shardckpt.reader import ReadStats, Target, read_bytes, read_targets
+from shardckpt.reports import LoadReport
+from shardckpt.staging import StagingPool
+from shardckpt.state import Match, parameter_names
+from shardckpt.state.skeleton import child_node
+from shardckpt.storage import Storage
+
+MapLocation = Any
+"""What ``torch.load`` takes: None, a device, a string, a dict of location tags, or a callable."""
+
+
+def read_manifest(
+    path: str, storage: Storage, storage_options: Mapping[str, Any] | None, operation: Operation
+) -> Manifest:
+    """Read the manifest once, on rank 0, and hand it to all: every rank restores one save."""
+    word: bytes | Exception = b""
+    if operation.rank == 0:
+        try:
+            word = commit.read(path, storage, storage_options).data
+        except Exception as error:  # said to all ranks, and raised from there
+            word = error
+    data = operation.agree("manifest", word)[0]
+    return mf.decode_manifest(data, f"{storage.url}/{mf.MANIFEST}")
+
+
+class OpenCheckpoint:
+    """A checkpoint whose manifest has been read; its shards are read when something asks for them."""
+
+    def __init__(
+        self,
+        path: str,
+        manifest: Manifest,
+        storage: Storage,
+        *,
+        pool: StagingPool,
+        begin: Callable[[str], Operation],
+    ) -> None:
+        """``pool`` is the memory to read through; ``begin`` starts an operation of all ranks, for `restore`."""
+        self.path = path
+        self.manifest = manifest
+        self.storage = storage
+        self._pool = pool
+        self._begin = begin
+
+    def keys(self) -> list[Any]:
+        """The top-level keys of the state."""
+        match = self._match({}, None, strict=False, convert_dtype=False)
+        return list(match.items(self.manifest.state, "") or {})
+
+    def materialise(
+        self,
+        prefix: tuple[Any, ...] = (),
+        *,
+        map_location: MapLocation = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """The value at a place of the state, made anew on this process alone.
+
+        A module becomes a dict of its tensors, an optimizer torch's index-keyed state dict. Raises KeyError where the
+        state has no such place.
+        """
+        match = self._match({}, map_location, strict=True, convert_dtype=False)
+        node = self.manifest.state
+        for depth, key in enumerate(prefix):
+            node = child_node(node, key, ".".join(map(str, prefix[:depth])))
+        value = match.new(node, ".".join(map(str, prefix)))
+        self._load_objects(match, map_location, weights_only)
+        self._fill(match, convert_dtype=False, stats=ReadStats())
+        return value()
+
+    def restore(
+        self,
+        state: Any,
+        *,
+        strict: bool = True,
+        map_location: MapLocation = None,
+        weights_only: bool | None = None,
+        convert_dtype: bool = False,
+    ) -> LoadReport:
+        """Restore into ``state`` in place, the same verdict on all ranks; every rank calls.
+
+        Everything that can be known to fail is checked on every rank before any rank changes anything. Arguments and
+        errors are those of `Checkpointer.load`.
+        """
+        operation = self._begin(f"load({self.path!r})")
+        started = time.monotonic()
+        stats = ReadStats()
+        word: bytes | Exception = b""
+        try:
+            match = self._match(parameter_names(state), map_location, strict=strict, convert_dtype=convert_dtype)
+            place = match.match(state, self.manifest.state, "")
+            match.differences.check(self.path, strict=strict)
+            self._load_objects(match, map_location, weights_only)
+        except Exception as error:
+            word = error
+        operation.agree("match", word)
+        try:
+            self._fill(match, convert_dtype=convert_dtype, stats=stats)
+            place()
+        except Exception as error:
+            word = _with_safety(error, self.path, changed=stats.placing or operation.world_size > 1)
+        operation.agree("restore", word)
+        return LoadReport(
+            path=self.path,
+            save_id=self.manifest.save_id,
+            world_size=self.manifest.world_size,
+            restored=match.restored,
+            missing=match.differences.missing,
+            unexpected=match.differences.unexpected,
+            mismatched=match.differences.mismatched,
+            skipped=match.differences.skipped,
+            bytes_read=stats.bytes_read,
+            seconds=time.monotonic() - started,
+        )
+
+    def read_tensor(self, name: str, *, map_location: MapLocation = None) -> Tensor:
+        """One tensor by its name, whole, on this process alone; KeyError with similar names where there is none."""
+        if self.manifest.resolve(name) is None:
+            near = difflib.get_close_matches(name, [*self.manifest.tensors, *self.manifest.aliases], n=3)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise KeyError(f"{self.path} has no tensor {name!r}.{hint}")
+        match = self._match({}, map_location, strict=True, convert_dtype=False)
+        tensor = match.new({"$tensor": name}, name)
+        self._fill(match, convert_dtype=False, stats=ReadStats())
+        return cast(Tensor, tensor())
+
+    def _match(
+        self, parameters: Mapping[int, str], map_location: MapLocation, *, strict: bool, convert_dtype: bool
+    ) -> Match:
+        return Match(
+            self.manifest,
+            parameters=parameters,
+            convert_dtype=convert_dtype,
+            strict=strict,
+            relocate=relocation(map_location),
+        )
+
+    def _fill(self, match: Match, *, convert_dtype: bool, stats: ReadStats) -> None:
+        targets = _targets(match.allocate())
+        read_targets(self.manifest, self.storage, targets, pool=self._pool, convert_dtype=convert_dtype, stats=stats)
+        match.settle()
+
+    def _load_objects(self, match: Match, map_location: MapLocation, weights_only: bool | None) -> None:
+        for path in match.objects:
+            entry = self.manifest.objects.get(path)
+            if entry is None:
+                raise CorruptCheckpointError(f"{self.path}: the state has an object at {path!r} that the manifest does not list.")
+            data = read_bytes(self.storage, entry.file, entry.offset, entry.nbytes, entry.digest)
+            try:
+                match.objects[path] = torch.load(
+                    io.BytesIO(data), map_location=map_location, weights_only=weights_only is not False
+                )
+            except pickle.UnpicklingError as error:
+                if weights_only is False:
+                    raise LoadFailedError(f"{self.path}: the object at {path!r} cannot be unpickled: {error}") from error
+                raise UnsafeLoadError(
+                    f"{self.path} holds a pickled object at {path!r}, and weights_only forbids to load it: unpickling runs"
+                    f" code. If you trust whoever wrote it, pass weights_only=False. Nothing was changed. ({_first_line(error)})"
+                ) from error
+            except (AttributeError, ImportError) as error:
+                raise LoadFailedError(
+                    f"{self.path}: the object at {path!r} needs code that is not here: {error}. Nothing was changed."
+                ) from error
+
+
+def _targets(tensors: Any) -> list[Target]:
+    return [Target(t.fqn, box, view) for t in tensors for box, view in zip(t.boxes, t.views, strict=True)]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _with_safety(error: Exception, path: str, *, changed: bool) -> Exception:
+    safety = (
+        "The live state may be partly restored: load a checkpoint again before training on."
+        if changed
+        else "Nothing was changed."
+    )
+    if isinstance(error, ShardckptError):
+        told = type(error)(f"{error} {safety}")
+    else:
+        told = LoadFailedError(f"the load of {path} failed: {type(error).__name__}: {error}. {safety}")
+    told.__cause__ = error
+    return told
+
+
+def overwritten(opened: OpenCheckpoint, error: ShardckptError) -> bool:
+    """Whether a load failed because another save replaced the checkpoint meanwhile, so that it is worth a new start."""
+    if not isinstance(error.__cause__, ObjectNotFoundError) and not isinstance(error, CorruptCheckpointError):
+        return False
+    found = commit.find(opened.storage)
+    return found is not None and found.manifest.save_id != opened.manifest.save_id
+
+
+def relocation(map_location: MapLocation) -> Callable[[Tensor, str], Tensor]:
+    """How a tensor that was read on the CPU gets to where ``map_location`` says, by its location tag.
+
+    The meaning is that of ``torch.load``: https://docs.pytorch.org/docs/stable/generated/torch.load.html
+    """
+    default = torch.serialization.default_restore_location
+    if map_location is None:
+        locate: Callable[[Any, str], Any] = default
+    elif isinstance(map_location, dict):
+        locate = lambda storage, tag: default(storage, map_location.get(tag, tag))  # noqa: E731 - one of four forms
+    elif isinstance(map_location, (str, bytes)):
+        text = os.fsdecode(map_location)
+        locate = lambda storage, tag: default(storage, text)  # noqa: E731
+    elif isinstance(map_location, torch.device):
+        locate = lambda storage, tag: default(storage, str(map_location))  # noqa: E731
+    elif callable(map_location):
+
+        def locate(storage: Any, tag: str) -> Any:
+            placed = map_location(storage, tag)
+            return default(storage, tag) if placed is None else placed
+
+    else:
+        raise UsageError(f"map_location is None, a device, a string, a dict or a callable, not {map_location!r}")
+
+    def relocate(tensor: Tensor, tag: str) -> Tensor:
+        storage = tensor.untyped_storage()
+        placed = locate(storage, tag)
+        if placed is storage or (placed.device == storage.device and placed.data_ptr() == storage.data_ptr()):
+            return tensor
+        moved = torch.empty(0, dtype=tensor.dtype, device=placed.device)
+        return moved.set_(placed, 0, tensor.shape, tensor.stride())
+
+    return relocate

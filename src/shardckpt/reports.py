@@ -1,0 +1,72 @@
+"""What a save or a load tells its caller."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """A committed save. Sizes are bytes, times seconds."""
+
+    path: str
+    save_id: str
+    world_size: int
+    nbytes: int
+    """Of all ranks' shards together."""
+    rank_nbytes: int
+    """Of this rank's shard."""
+    stall_seconds: float
+    """How long this rank's caller was kept from going on."""
+    total_seconds: float
+    """From the call to the commit, as this rank saw it."""
+    alias: bool = False
+    """Whether the shards were shared with the save before, since nothing had changed."""
+
+    def __repr__(self) -> str:
+        shared = ", shared with the save before" if self.alias else ""
+        return (
+            f"SaveReport({self.path!r}, {_size(self.nbytes)} by {self.world_size} rank(s){shared}, stalled"
+            f" {self.stall_seconds:.3f} s, committed after {self.total_seconds:.3f} s)"
+        )
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """A finished load. Names are those of the checkpoint; the lists of differences are empty after a strict load."""
+
+    path: str
+    save_id: str
+    world_size: int
+    """Of the job that saved."""
+    restored: list[str] = field(repr=False)
+    """Tensors that were read."""
+    missing: list[str]
+    """In the live state, but not in the checkpoint."""
+    unexpected: list[str]
+    """In the checkpoint, but not in the module or optimizer that was restored."""
+    mismatched: list[str]
+    """Left as they were because shape, dtype or kind differ; each says how."""
+    skipped: list[str]
+    """Top-level keys of the checkpoint that the live state does not have."""
+    bytes_read: int
+    """By this rank, from the storage."""
+    seconds: float
+
+    def __repr__(self) -> str:
+        differences = "".join(
+            f", {name}={getattr(self, name)}"
+            for name in ("missing", "unexpected", "mismatched", "skipped")
+            if getattr(self, name)
+        )
+        return (
+            f"LoadReport({self.path!r}, {len(self.restored)} tensors, {_size(self.bytes_read)} read in"
+            f" {self.seconds:.3f} s{differences})"
+        )
+
+
+def _size(nbytes: int) -> str:
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
