@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from heapq import heapify, heapreplace
 from itertools import accumulate
 from typing import NamedTuple
@@ -115,7 +115,7 @@ def _hand_out(
     uncut = sorted((share for share in shares if share.nbytes < 2 * min_piece), key=lambda share: -share.nbytes)
     smallest = bisect_right(uncut, -(min_piece // 16), key=lambda share: -share.nbytes)
     _deal(uncut[:smallest], levels, holders, pieces)
-    for run in _cut_level([share for share in shares if share.nbytes >= 2 * min_piece], levels, min_piece):
+    for run in _cut_level([share for share in shares if share.nbytes >= 2 * min_piece], [*levels], min_piece):
         pieces[run.place].extend(run.share.part(run.share.held[holders[run.place][1]], run.start, run.stop))
         levels[run.place] += run.stop - run.start
     _deal(uncut[smallest:], levels, holders, pieces)
@@ -144,17 +144,27 @@ class _Run(NamedTuple):
     stop: int
 
 
-def _cut_level(shares: Sequence[Share], levels: Sequence[int], min_piece: int) -> list[_Run]:
+class _Stretch(NamedTuple):
+    """Where one holder's part of the line ends; it begins where the part before ends."""
+
+    place: int
+    number: int
+    """The first share that isn't wholly in this part or one before."""
+    cut: int
+    """The bytes of that share that are."""
+
+
+def _cut_level(shares: Sequence[Share], levels: Sequence[int], min_piece: int) -> Iterator[_Run]:
     """The shares laid end to end and cut, each holder getting a stretch, so that the highest level is near the lowest.
 
     The lowest cap under which they fit is searched for, to a 64th of `min_piece`.
     """
     ends = list(accumulate(share.nbytes for share in shares))
     if not ends:
-        return []
+        return
     low = max(amount and level + amount for level, amount in zip(levels, pour(levels, ends[-1]), strict=True))
     cap, step = low, min_piece
-    while (runs := _fill(shares, ends, levels, cap, min_piece)) is None:
+    while (stretches := _fill(shares, ends, levels, cap, min_piece)) is None:
         low, cap, step = cap, cap + step, step * 2
     while cap - low > max(1, min_piece // 64):
         middle = (low + cap) // 2
@@ -162,36 +172,38 @@ def _cut_level(shares: Sequence[Share], levels: Sequence[int], min_piece: int) -
         if better is None:
             low = middle
         else:
-            cap, runs = middle, better
-    return runs
+            cap, stretches = middle, better
+    number = cut = 0
+    for stretch in stretches:
+        for share in shares[number : stretch.number]:
+            yield _Run(stretch.place, share, cut, share.nbytes)
+            cut = 0
+        if stretch.cut > cut:
+            yield _Run(stretch.place, shares[stretch.number], cut, stretch.cut)
+        number, cut = stretch.number, stretch.cut
 
 
 def _fill(
     shares: Sequence[Share], ends: Sequence[int], levels: Sequence[int], cap: int, min_piece: int
-) -> list[_Run] | None:
+) -> list[_Stretch] | None:
     """Fill each holder in turn up to `cap` with as much of the line as permitted cuts allow; None if some is left.
 
     :param ends: where each share ends on the line, in bytes.
     """
-    runs: list[_Run] = []
+    stretches: list[_Stretch] = []
+    longest = cap - min(levels)
     number = cut = 0
     for place, level in enumerate(levels):
-        room = cap - level
-        if room <= 0:
+        if level >= cap:
             continue
-        reach = ends[number] - shares[number].nbytes + cut + room
+        reach = ends[number] - shares[number].nbytes + cut + cap - level
         beyond = bisect_right(ends, reach, lo=number)
-        for index in range(number, beyond):
-            runs.append(_Run(place, shares[index], cut, shares[index].nbytes))
-            cut = 0
         if beyond == len(shares):
-            return runs
-        number = beyond
-        share = shares[number]
-        at = _last_cut(share, cut, reach - ends[number] + share.nbytes, cap - min(levels), min_piece)
-        if at > cut:
-            runs.append(_Run(place, share, cut, at))
-            cut = at
+            return [*stretches, _Stretch(place, beyond, 0)]
+        if beyond > number:
+            number, cut = beyond, 0
+        cut = _last_cut(shares[number], cut, reach - ends[number] + shares[number].nbytes, longest, min_piece)
+        stretches.append(_Stretch(place, number, cut))
     return None
 
 

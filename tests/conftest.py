@@ -1,0 +1,46 @@
+"""Fixtures for every test: a loopback S3 server, and fresh places on it."""
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import ranks
+from s3_server import S3Place, S3Server, running
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_client(s3_server: S3Server) -> Any:
+    return s3_server.client()
+
+
+@pytest.fixture
+def s3_place(s3_server: S3Server, s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> S3Place:
+    """A fresh bucket, reachable with the options given and, through the environment, with none."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"test-{uuid.uuid4().hex}"
+    s3_client.create_bucket(Bucket=bucket)
+    return S3Place(f"s3://{bucket}/run", s3_server.storage_options, s3_client)
+
+
+@pytest.fixture
+def s3_url(s3_place: S3Place) -> str:
+    """The URL alone, for code that reads its credentials from the environment."""
+    return s3_place.url
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stop_ranks() -> Iterator[None]:
+    """The ranks' processes live until the session's end, and no longer."""
+    yield
+    ranks.stop_all()
