@@ -58,7 +58,9 @@ class World:
             raise RankFailures(failures)
         return results
 
-    def outcomes(self, case: Callable[..., Any], *args: Any, timeout: float = HANG_SECONDS, **options: Any) -> list[Any]:
+    def outcomes(
+        self, case: Callable[..., Any], *args: Any, timeout: float = HANG_SECONDS, **options: Any
+    ) -> list[Any]:
         """Like `run`, but what a rank raised stands in its place as a `Failed`."""
         self._start()
         for pipe in self._pipes:

@@ -1,9 +1,9 @@
 """Sharded, asynchronous checkpoints for distributed PyTorch training that resume on any number of processes.
 
-    >>> import shardckpt
-    >>> shardckpt.save({"model": model, "optimizer": optimizer, "step": step}, path)     # every rank calls
-    >>> pending = shardckpt.async_save(state, path)                                      # returns once training may go on
-    >>> shardckpt.load(path, {"model": model, "optimizer": optimizer})                   # in place, any world size
+>>> import shardckpt
+>>> shardckpt.save({"model": model, "optimizer": optimizer, "step": step}, path)     # every rank calls
+>>> pending = shardckpt.async_save(state, path)                                      # returns once training may go on
+>>> shardckpt.load(path, {"model": model, "optimizer": optimizer})                   # in place, any world size
 """
 
 from typing import TYPE_CHECKING, Any

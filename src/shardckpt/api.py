@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from shardckpt.background import PendingSave
-from shardckpt.checkpointer import Checkpointer, Compression, MapLocation, Path
+from shardckpt.checkpointer import Checkpointer, Compression, Path
+from shardckpt.loading import MapLocation
 from shardckpt.reports import SaveReport
 
 _engines: dict[tuple[Any, ...], Checkpointer] = {}
@@ -18,7 +19,13 @@ def _engine(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> Checkpointer:
-    key = (compression, *(value if value is None or isinstance(value, bool) else tuple(value) for value in (replicated, include, exclude)))
+    key = (
+        compression,
+        *(
+            value if value is None or isinstance(value, bool) else tuple(value)
+            for value in (replicated, include, exclude)
+        ),
+    )
     if key not in _engines:
         _engines[key] = Checkpointer(compression=compression, replicated=replicated, include=include, exclude=exclude)
     return _engines[key]
@@ -36,8 +43,9 @@ def save(
 ) -> SaveReport:
     """Save ``state`` to ``path``; every rank calls, and it returns once the checkpoint is committed.
 
-    ``state`` is a nested dict of tensors, modules, optimizers, objects with ``state_dict``/``load_state_dict`` and plain
-    values, or one of these by itself. For the options see `Checkpointer`, for the errors `Checkpointer.async_save`.
+    ``state`` is a nested dict of tensors, modules, optimizers, objects with ``state_dict``/``load_state_dict`` and
+    plain values, or one of these by itself. For the options see `Checkpointer`, for the errors
+    `Checkpointer.async_save`.
     """
     return _engine(compression, replicated, include, exclude).save(state, path, storage_options=storage_options)
 

@@ -1,4 +1,6 @@
-"""The background: saves, aliases and removals of one Checkpointer, one after another, in a thread that ends when idle."""
+"""The background: saves, aliases and removals of one Checkpointer, one after another, in a thread that ends when
+idle.
+"""
 
 import logging
 import os
@@ -112,11 +114,16 @@ class Background:
             while self._running:
                 self._state.wait()
 
+    def belongs_here(self) -> bool:
+        """Whether this process made it: a forked child has none of the parent's threads, and half of its locks."""
+        return os.getpid() == self._pid
+
     def check_fork(self) -> None:
-        """Raise UsageError in a forked child: it has none of the parent's threads, and half of its locks."""
-        if os.getpid() != self._pid:
+        """Raise UsageError in a forked child."""
+        if not self.belongs_here():
             raise UsageError(
-                "this Checkpointer was made in a parent process and cannot be used in a forked child. Use the spawn start"
+                "this Checkpointer was made in a parent process and cannot be used in a forked child. Use the spawn "
+                "start"
                 " method, or make a new Checkpointer in the child."
             )
 
@@ -139,7 +146,7 @@ _all: "weakref.WeakSet[Background]" = weakref.WeakSet()
 
 def _wait_for_all() -> None:
     for background in list(_all):
-        if background._pid == os.getpid():
+        if background.belongs_here():
             background.wait()
 
 

@@ -14,12 +14,12 @@ import msgspec
 from shardckpt import commit, coordinator, loading, saving
 from shardckpt import manifest as mf
 from shardckpt.background import Background, PendingSave
-from shardckpt.coordinator import Operation
-from shardckpt.errors import SaveFailedError, ShardckptError, UsageError
+from shardckpt.coordinator import Operation, turn
+from shardckpt.errors import ShardckptError, UsageError
 from shardckpt.loading import MapLocation, OpenCheckpoint
-from shardckpt.reports import LoadReport, SaveReport
+from shardckpt.reports import SaveReport
 from shardckpt.saving import AliasJob, Opening, SaveJob, Structure
-from shardckpt.staging import StagingPool, stage
+from shardckpt.staging import Source, StagingPool, stage
 from shardckpt.state import Flattened, flatten
 from shardckpt.storage import open_storage
 from shardckpt.writer import ShardWriter
@@ -47,10 +47,12 @@ class Checkpointer:
         storage_options: for the fsspec file system behind a URL, such as ``key``, ``secret``, ``endpoint_url`` of s3fs.
         compression: None, ``"zstd"`` or ``("zstd", level)``; in independent frames, so that a part is read without the
             rest.
-        replicated: loose tensors and buffers that are equal on all ranks, so that their writing is shared: True for all,
+        replicated: loose tensors and buffers that are equal on all ranks, so that their writing is shared: True for
+        all,
             or patterns of their names. Parameters, optimizer state and DTensors are shared without asking.
         include, exclude: patterns (``fnmatch``) of the names that a save takes; by default all.
-        staging_limit: bytes of host memory that an asynchronous save may hold; a save past it still works, but its caller
+        staging_limit: bytes of host memory that an asynchronous save may hold; a save past it still works, but its
+        caller
             waits for the disk. By default as much as this rank's shard.
         timeout: seconds to wait for the other ranks to make the same call.
         commit_timeout: seconds to wait in the background for the other ranks to finish writing.
@@ -95,7 +97,9 @@ class Checkpointer:
         storage_options: Mapping[str, Any] | None = None,
         state_version: Hashable | None = None,
     ) -> SaveReport:
-        """Save ``state`` to ``path`` and return once it is committed. Arguments and errors are those of `async_save`."""
+        """Save ``state`` to ``path`` and return once it is committed. Arguments and errors are those of
+        `async_save`.
+        """
         return self._start(state, path, storage_options, state_version, memory=SYNC_MEMORY).result()
 
     def async_save(
@@ -115,8 +119,8 @@ class Checkpointer:
         writes them again.
 
         Raises, on every rank, what any rank met before the first byte was written: UnserialisableError, UsageError,
-        ConflictingStateError, StorageError and its kinds, RankTimeoutError; and SaveFailedError for the save before this
-        one, if it failed and nobody has been told.
+        ConflictingStateError, StorageError and its kinds, RankTimeoutError; and SaveFailedError for the save before
+        this one, if it failed and nobody has been told.
         """
         return self._start(state, path, storage_options, state_version, memory=self._staging_limit)
 
@@ -133,30 +137,37 @@ class Checkpointer:
         place = commit.checkpoint_path(path)
         operation = self._begin(f"save({place!r})")
         may_alias = state_version is not None and state_version == self._version and self._last is not None
-        word: bytes | Exception
-        try:
+        with turn(operation, "open") as opening:
             if not may_alias:
                 self._drain()
             storage = open_storage(place, self._options(storage_options))
             flat = flatten(state, replicated=self._replicated, include=self._include, exclude=self._exclude)
             known = self._structure.key if self._structure is not None else ""
-            word = msgspec.msgpack.encode(Opening(flat.structure, flat.outline, known, may_alias))
-        except Exception as error:  # said to all ranks, and raised from there
-            word = error
-        openings = [msgspec.msgpack.decode(said, type=Opening) for said in operation.agree("open", word)]
-
-        alias_of = self._last if self._can_alias(openings) else None
-        structure = self._agreed_structure(operation, flat, openings, drain=may_alias and alias_of is None)
-        save_id, previous = self._open_place(operation, storage, 0 if alias_of is not None else structure.nbytes)
-        pending = PendingSave(place, save_id)
-        common = (structure, flat, previous, times)
-        job = (
-            self._write(pending, operation, storage, *common, memory=memory)
-            if alias_of is None
-            else self._share(pending, operation, storage, alias_of, *common)
+            opening.word = msgspec.msgpack.encode(Opening(flat.structure, flat.outline, known, may_alias))
+        openings = [msgspec.msgpack.decode(word, type=Opening) for word in opening.heard]
+        source = self._last if self._can_alias(openings) else None
+        structure = self._agreed_structure(operation, flat, openings)
+        with turn(operation, "place") as placing:
+            previous = None
+            if may_alias and source is None:
+                # This rank could have shared the last save's shards, but another could not.
+                self._drain()
+            if operation.rank == 0:
+                save_id = commit.new_save_id()
+                previous = commit.open_place(storage, save_id, structure.nbytes if source is None else 0)
+                placing.word = save_id.encode()
+        pending = PendingSave(place, placing.heard[0].decode())
+        order = saving.Order(
+            pending, operation, storage, structure, flat.skeleton, flat.objects, previous, self._commit_timeout, times
         )
+        if source is None:
+            self._last = self._write(order, saving.sources(structure.plan, flat), memory)
+        else:
+            self._last = AliasJob(order, source)
+            pending.mark_staged()
+            self._submit(self._last)
+        self._version = state_version
         times.stall.append(time.monotonic() - times.called)
-        self._last, self._version = job, state_version
         return pending
 
     def _can_alias(self, openings: Sequence[Opening]) -> bool:
@@ -167,104 +178,36 @@ class Checkpointer:
             and len({opening.outline for opening in openings}) == 1
         )
 
-    def _agreed_structure(
-        self, operation: Operation, flat: Flattened, openings: Sequence[Opening], *, drain: bool
-    ) -> Structure:
-        if drain:
-            # This rank could have shared the last save's shards but another could not, so it waits for that after all.
-            self._background.wait()
+    def _agreed_structure(self, operation: Operation, flat: Flattened, openings: Sequence[Opening]) -> Structure:
+        """The plan of the last save, if every rank still has it and nothing has changed; else a new one."""
         key = saving.structure_key(openings)
         if self._structure is None or any(opening.known != key for opening in openings):
             self._structure = None
             self._structure = saving.agree_on_structure(operation, flat, openings)
         return self._structure
 
-    def _open_place(self, operation: Operation, storage: Any, nbytes: int) -> tuple[str, commit.Found | None]:
-        previous = None
-        word: bytes | Exception = b""
-        if operation.rank == 0:
-            save_id = commit.new_save_id()
-            try:
-                previous = commit.open_place(storage, save_id, nbytes)
-                word = save_id.encode()
-            except Exception as error:
-                word = error
-        return operation.agree("place", word)[0].decode(), previous
-
-    def _write(
-        self,
-        pending: PendingSave,
-        operation: Operation,
-        storage: Any,
-        structure: Structure,
-        flat: Flattened,
-        previous: commit.Found | None,
-        times: saving.Times,
-        *,
-        memory: int | None,
-    ) -> SaveJob:
-        rank = operation.rank
-        sources = saving.sources(structure.plan, flat)
+    def _write(self, order: saving.Order, sources: Sequence[Source], memory: int | None) -> SaveJob:
+        """Start the background half of a save, and stage this rank's part for it."""
+        save_id, rank = order.pending.save_id, order.operation.rank
         writer = ShardWriter(
-            storage,
-            mf.shard_name(rank, pending.save_id),
-            pending.save_id,
-            rank,
-            sources,
-            pool=self._pool,
-            codec=self._codec,
+            order.storage, mf.shard_name(rank, save_id), save_id, rank, sources, pool=self._pool, codec=self._codec
         )
-        job = SaveJob(
-            pending=pending,
-            operation=operation,
-            storage=storage,
-            writer=writer,
-            structure=structure,
-            skeleton=flat.skeleton,
-            objects=flat.objects,
-            previous=previous,
-            commit_timeout=self._commit_timeout,
-            times=times,
-        )
-        self._submit(pending, job)
+        job = SaveJob(order, writer)
+        self._submit(job)
         try:
             stage(sources, self._pool, limit=memory, first_block_offset=writer.first_block_offset, emit=writer.emit)
-        except Exception as error:
+        except BaseException as error:
             # The background tells all ranks, this one too, so that the verdict is one.
             writer.cancel(error)
+            if not isinstance(error, Exception):
+                raise
         else:
             writer.finish()
-        pending.mark_staged()
+        order.pending.mark_staged()
         return job
 
-    def _share(
-        self,
-        pending: PendingSave,
-        operation: Operation,
-        storage: Any,
-        source: SaveJob | AliasJob,
-        structure: Structure,
-        flat: Flattened,
-        previous: commit.Found | None,
-        times: saving.Times,
-    ) -> AliasJob:
-        job = AliasJob(
-            pending=pending,
-            operation=operation,
-            storage=storage,
-            source=source,
-            skeleton=flat.skeleton,
-            objects=flat.objects,
-            previous=previous,
-            commit_timeout=self._commit_timeout,
-            times=times,
-        )
-        pending.mark_staged()
-        self._submit(pending, job)
-        return job
-
-    def _submit(self, pending: PendingSave, job: SaveJob | AliasJob) -> None:
-        self._pending.append(pending)
+    def _submit(self, job: SaveJob | AliasJob) -> None:
+        self._pending.append(job.order.pending)
         self._background.submit(job.run)
 
     # -- loading ----------------------------------------------------------------------------------------------------
@@ -285,12 +228,12 @@ class Checkpointer:
         Without ``state``, return the whole saved state on this process, asking no other rank.
 
         Tensors are written into, plain values replaced, modules and optimizers restored through their own semantics. A
-        top-level key that ``state`` lacks is skipped and reported. ``strict=False`` restores what matches and reports the
-        rest. ``map_location`` and ``weights_only`` mean what they mean in ``torch.load``; live tensors stay where they
-        are.
+        top-level key that ``state`` lacks is skipped and reported. ``strict=False`` restores what matches and reports
+        the rest. ``map_location`` and ``weights_only`` mean what they mean in ``torch.load``; live tensors stay where
+        they are.
 
-        Raises CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError naming every difference before anything
-        has been changed, UnsafeLoadError, StorageError; on every rank, if on any.
+        Raises CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError naming every difference before
+        anything has been changed, UnsafeLoadError, StorageError; on every rank, if on any.
         """
         if state is None:
             opened = self.open(path, storage_options=storage_options)
@@ -299,7 +242,11 @@ class Checkpointer:
             opened = self.open(path, storage_options=storage_options, collective=True)
             try:
                 return opened.restore(
-                    state, strict=strict, map_location=map_location, weights_only=weights_only, convert_dtype=convert_dtype
+                    state,
+                    strict=strict,
+                    map_location=map_location,
+                    weights_only=weights_only,
+                    convert_dtype=convert_dtype,
                 )
             except ShardckptError as error:
                 if attempt + 1 == _RESTARTS or not self._overwritten(opened, error):
@@ -320,13 +267,10 @@ class Checkpointer:
 
     def _overwritten(self, opened: OpenCheckpoint, error: ShardckptError) -> bool:
         operation = self._begin(f"reload({opened.path!r})")
-        word: bytes | Exception = b""
-        if operation.rank == 0:
-            try:
-                word = b"yes" if loading.overwritten(opened, error) else b"no"
-            except Exception as failed:
-                word = failed
-        return operation.agree("overwritten", word)[0] == b"yes"
+        with turn(operation, "overwritten") as looked:
+            if operation.rank == 0:
+                looked.word = b"yes" if loading.overwritten(opened, error) else b"no"
+        return looked.heard[0] == b"yes"
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 
@@ -344,7 +288,9 @@ class Checkpointer:
 
         def job() -> None:
             if not all(pending.succeeded() for pending in waiting_for):
-                saving.log.warning("%s was to be removed, but is kept: the save that was to replace it failed", storage.url)
+                saving.log.warning(
+                    "%s was to be removed, but is kept: the save that was to replace it failed", storage.url
+                )
                 return
             try:
                 commit.remove(storage)
@@ -354,7 +300,9 @@ class Checkpointer:
         self._background.submit(job)
 
     def prepare(self, state: Any) -> None:
-        """Allocate and touch, in the background, the memory that saving ``state`` will need. Costs nothing but memory."""
+        """Allocate and touch, in the background, the memory that saving ``state`` will need. Costs nothing but
+        memory.
+        """
         flat = flatten(state, replicated=self._replicated, include=self._include, exclude=self._exclude)
         _, world_size = coordinator.rank_and_world_size()
         nbytes = 0
@@ -392,7 +340,7 @@ class Checkpointer:
             raise failures[0]
 
 
-def _codec(compression: Compression) -> tuple[str, int] | None:
+def _codec(compression: str | tuple[str, int] | None) -> tuple[str, int] | None:
     if compression is None:
         return None
     name, level = (compression, _DEFAULT_LEVEL) if isinstance(compression, str) else compression
@@ -402,9 +350,6 @@ def _codec(compression: Compression) -> tuple[str, int] | None:
 
 
 def _positive(name: str, value: Any) -> Any:
-    if value is not None and not value > 0:
+    if value is not None and value <= 0:
         raise UsageError(f"{name} must be positive, not {value!r}")
     return value
-
-
-__all__ = ["Checkpointer", "PendingSave", "SaveFailedError"]

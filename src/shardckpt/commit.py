@@ -1,7 +1,8 @@
 """Commit: what a checkpoint is called, how it becomes one, how it is found, and how it goes away.
 
-A place holds a checkpoint from the moment ``manifest.json`` is there, and no longer once it is gone. Every other file is
-named after the save that wrote it, so a save never touches what it replaces, and what a crash leaves behind names itself.
+A place holds a checkpoint from the moment ``manifest.json`` is there, and no longer once it is gone. Every other file
+is named after the save that wrote it, so a save never touches what it replaces, and what a crash leaves behind names
+itself.
 """
 
 import datetime
@@ -11,6 +12,7 @@ import platform
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -100,14 +102,15 @@ def read(path: str, storage: Storage, storage_options: Mapping[str, Any] | None)
 
 def _why_not(path: str, storage: Storage) -> str:
     directory = local_path(path)
-    if directory is not None and os.path.isfile(os.path.expanduser(directory)):
+    if directory is not None and Path(directory).expanduser().is_file():
         return f"{path} is a file, not a sharded checkpoint. A file that torch.save wrote is read with torch.load."
     files = [stat.name for stat in storage.list()]
     if not files and not storage.children():
         return f"there is no checkpoint at {path}: nothing is there."
     if any(mf.is_checkpoint_file(name) for name in files):
         return (
-            f"there is no complete checkpoint at {path}: it has shards but no {MANIFEST}, so its save was cut short or is"
+            f"there is no complete checkpoint at {path}: it has shards but no {MANIFEST}, so its save was cut short "
+            f"or is"
             " still running."
         )
     return f"there is no checkpoint at {path}: it has no {MANIFEST}."
@@ -163,7 +166,8 @@ def open_place(storage: Storage, save_id: str, nbytes: int) -> Found | None:
     free = storage.free_bytes()
     if free is not None and free < nbytes:
         raise StorageFullError(
-            f"{storage.url} has {free:,} bytes free and this checkpoint needs {nbytes:,}. Nothing was written; free some"
+            f"{storage.url} has {free:,} bytes free and this checkpoint needs {nbytes:,}. Nothing was written; free "
+            f"some"
             " space, or save elsewhere."
         )
     try:
@@ -194,7 +198,8 @@ def get_rank_manifest(storage: Storage, entry: FileEntry) -> RankManifest:
         data = storage.get(entry.manifest)
     except ObjectNotFoundError as error:
         raise SaveFailedError(
-            f"{entry.manifest} was written by its rank but cannot be seen by rank 0 at {storage.url}. All ranks must save to"
+            f"{entry.manifest} was written by its rank but cannot be seen by rank 0 at {storage.url}. All ranks "
+            f"must save to"
             " one shared file system or object store; a node's own disk is not one."
         ) from error
     if len(data) != entry.manifest_size or digests_text([digest(data)]) != entry.manifest_digest:
@@ -211,7 +216,8 @@ def assemble(
 ) -> Manifest:
     """The commit record of what the ranks wrote; ``heads`` lists every tensor, also those without elements."""
     tensors = {
-        fqn: TensorEntry(head.dtype, head.shape, [], [], [], [], [], location=head.location) for fqn, head in heads.items()
+        fqn: TensorEntry(head.dtype, head.shape, [], [], [], [], [], location=head.location)
+        for fqn, head in heads.items()
     }
     skeleton = None
     objects = {}
@@ -260,7 +266,8 @@ def publish(storage: Storage, manifest: Manifest, previous: Found | None) -> Non
     current = find_bytes(storage)
     if current != (previous.data if previous is not None else None):
         raise SaveFailedError(
-            f"another save was committed to {storage.url} while this one was running; that one stands. Two jobs must not"
+            f"another save was committed to {storage.url} while this one was running; that one stands. Two jobs "
+            f"must not"
             " save to one path."
         )
     data = mf.encode(manifest)
@@ -282,24 +289,30 @@ def clean(storage: Storage, committed: Manifest) -> None:
     """After a commit: remove what the checkpoint replaced, this save's marker, and what dead saves left long ago."""
     keep = {MANIFEST, *committed.file_names()}
     try:
-        storage.delete([stat.name for stat in storage.list() if stat.name not in keep and _is_dead(stat.name, committed.save_id)])
+        storage.delete(
+            [stat.name for stat in storage.list() if stat.name not in keep and _is_dead(stat.name, committed.save_id)]
+        )
     except StorageError as error:
-        log.warning("the checkpoint at %s is committed, but what it replaced could not be removed: %s", storage.url, error)
+        log.warning(
+            "the checkpoint at %s is committed, but what it replaced could not be removed: %s", storage.url, error
+        )
 
 
 def _is_dead(name: str, committed: str) -> bool:
     """Whether a file that the commit record does not name can go.
 
-    A save that began before the committed one can never commit any more: it would find another manifest than it saw. One
-    that began after may be alive, until it is too old to be.
+    A save that began before the committed one can never commit any more: it would find another manifest than it saw.
+    One that began after may be alive, until it is too old to be.
     """
     save_id = mf.save_id_of(name)
     return save_id is not None and (save_id <= committed or time.time() - _started(save_id) > _STALE_SECONDS)
 
 
-def abandon(storage: Storage, save_id: str, ranks: Sequence[int]) -> None:
-    """After a failure: remove what these ranks wrote. A failure to do so is logged, since the save's own matters more."""
-    names = [marker_name(save_id)] if 0 in ranks else []
+def abandon(storage: Storage, save_id: str, ranks: Sequence[int], also: Sequence[str] = ()) -> None:
+    """After a failure: remove what these ranks wrote. A failure to do so is logged, since the save's own matters
+    more.
+    """
+    names = [marker_name(save_id), *also] if 0 in ranks else []
     for rank in ranks:
         names += [mf.shard_name(rank, save_id), mf.rank_manifest_name(rank, save_id), mf.objects_name(rank, save_id)]
     try:
@@ -310,7 +323,9 @@ def abandon(storage: Storage, save_id: str, ranks: Sequence[int]) -> None:
 
 
 def remove(storage: Storage) -> None:
-    """Remove a checkpoint: the manifest first, so that no instant shows half of one; a link is unlinked, not followed."""
+    """Remove a checkpoint: the manifest first, so that no instant shows half of one; a link is unlinked, not
+    followed.
+    """
     if storage.unlink_link():
         return
     storage.delete([MANIFEST])

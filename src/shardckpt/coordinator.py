@@ -1,8 +1,8 @@
 """Agreement between ranks that carries errors, without a collective.
 
-Everything goes through the c10d Store of the default process group, as keys that one rank sets and others wait for with a
-timeout. A collective in a background thread would cross training's own; a Store cannot. Background threads use a clone of
-the Store, its own connection: on a shared one a background ``wait`` keeps a foreground ``set`` waiting.
+Everything goes through the c10d Store of the default process group, as keys that one rank sets and others wait for
+with a timeout. A collective in a background thread would cross training's own; a Store cannot. Background threads use
+a clone of the Store, its own connection: on a shared one a background ``wait`` keeps a foreground ``set`` waiting.
 
 Like collectives, operations are matched by their order: every rank makes the same calls of shardckpt in the same order.
 Each call carries its name, so a rank that makes another one is told what the others are doing instead of hanging.
@@ -11,7 +11,9 @@ Each call carries its name, so a rank that makes another one is told what the ot
 import datetime
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -61,7 +63,7 @@ class Operation(Protocol):
 def begin(call: str, *, timeout: float) -> Operation:
     """Start an operation named ``call`` with all ranks of the default process group, or alone without one."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        store = dist.distributed_c10d._get_default_store()  # no public accessor exists
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
         number = next(_counters.setdefault(store, itertools.count()))
         return _StoreOperation(store, f"shardckpt/{number}", call, dist.get_rank(), dist.get_world_size(), timeout)
     return _SoloOperation()
@@ -73,17 +75,41 @@ def begin_alone() -> Operation:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    """The rank of this process and the number of ranks; (0, 1) without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-_counters: "weakref.WeakKeyDictionary[dist.Store, itertools.count[int]]" = weakref.WeakKeyDictionary()
+@dataclass
+class Turn:
+    """One rank's part in an agreement: what it says, and, once all have spoken, what everyone said, by rank."""
+
+    word: bytes = b""
+    heard: list[bytes] = field(default_factory=list)
+
+
+@contextmanager
+def turn(operation: Operation, point: str) -> Iterator[Turn]:
+    """Enclose what a rank does before the others may go on past ``point``.
+
+    If anything in here raises, on any rank, it is raised on every rank: nobody waits for one that has failed.
+    """
+    own = Turn()
+    try:
+        yield own
+    except Exception as error:
+        operation.agree(point, error)
+        raise
+    own.heard = operation.agree(point, own.word)
+
+
+_counters: "weakref.WeakKeyDictionary[Any, itertools.count[int]]" = weakref.WeakKeyDictionary()
+"""Operations begun so far, by the Store they go through: a new process group counts from zero again."""
 
 
 class _SoloOperation:
-    """The one-process twin: what is said is heard at once."""
+    """The twin for one process: what is said is heard at once."""
 
     rank = 0
     world_size = 1
@@ -91,7 +117,7 @@ class _SoloOperation:
     def __init__(self) -> None:
         self._said: dict[str, bytes] = {}
 
-    def agree(self, point: str, word: bytes | Exception) -> list[bytes]:
+    def agree(self, point: str, word: bytes | Exception) -> list[bytes]:  # noqa: ARG002 - the signature is Operation's
         if isinstance(word, Exception):
             raise word
         return [word]
@@ -101,13 +127,13 @@ class _SoloOperation:
             raise word
         self._said[point] = word
 
-    def collect(self, point: str, timeout: float) -> list[bytes]:
+    def collect(self, point: str, timeout: float) -> list[bytes]:  # noqa: ARG002 - the signature is Operation's
         return [self._said.pop(point)]
 
-    def announce(self, point: str, word: bytes | Exception) -> None:
+    def announce(self, point: str, word: bytes | Exception) -> None:  # noqa: ARG002 - the signature is Operation's
         return
 
-    def hear(self, point: str, timeout: float) -> bytes:
+    def hear(self, point: str, timeout: float) -> bytes:  # noqa: ARG002 - the signature is Operation's
         raise AssertionError("rank 0 announces; it does not hear")
 
     def in_background(self) -> "_SoloOperation":
@@ -124,9 +150,7 @@ class _StoreOperation:
         self._timeout = timeout
 
     def in_background(self) -> "_StoreOperation":
-        return _StoreOperation(
-            _clone(self._store), self._prefix, self._call, self.rank, self.world_size, self._timeout
-        )
+        return _StoreOperation(_clone(self._store), self._prefix, self._call, self.rank, self.world_size, self._timeout)
 
     def agree(self, point: str, word: bytes | Exception) -> list[bytes]:
         self.post(point, word)
@@ -156,7 +180,9 @@ class _StoreOperation:
     def collect(self, point: str, timeout: float) -> list[bytes]:
         keys = [self._key(f"{point}/{rank}") for rank in range(self.world_size)]
         self._wait(keys, point, timeout, [f"rank {rank}" for rank in range(self.world_size)])
-        words = [msgspec.msgpack.decode(word, type=_Word) for word in self._guarded(lambda: self._store.multi_get(keys))]
+        words = [
+            msgspec.msgpack.decode(word, type=_Word) for word in self._guarded(lambda: self._store.multi_get(keys))
+        ]
         for key in keys:
             self._guarded(lambda key=key: self._store.delete_key(key))
         self._check_calls([word.call for word in words])
@@ -192,12 +218,18 @@ class _StoreOperation:
         try:
             self._store.wait(keys, datetime.timedelta(seconds=timeout))
         except RuntimeError as error:
-            silent = [name for key, name in zip(keys, who, strict=True) if not self._guarded(lambda key=key: self._store.check([key]))]
+            silent = [
+                name
+                for key, name in zip(keys, who, strict=True)
+                if not self._guarded(lambda key=key: self._store.check([key]))
+            ]
             if not silent:
                 return
             raise RankTimeoutError(
-                f"{_listed(silent)} did not reach {self._call} (point {point!r}) within {timeout:.0f} s, while rank {self.rank}"
-                " waited there. Every rank must make this call; if all do, look at the silent rank's log for why it is slow"
+                f"{_listed(silent)} did not reach {self._call} (point {point!r}) within {timeout:.0f} s, while rank "
+                f"{self.rank}"
+                " waited there. Every rank must make this call; if all do, look at the silent rank's log for why it "
+                "is slow"
                 " or dead, or raise the timeout."
             ) from error
 
@@ -214,7 +246,8 @@ class _StoreOperation:
         if len(set(calls)) > 1:
             said = "; ".join(f"rank {rank} called {call}" for rank, call in enumerate(calls))
             raise ConflictingStateError(
-                f"ranks made different calls: {said}. Every rank makes the same calls with the same path in the same order."
+                f"ranks made different calls: {said}. Every rank makes the same calls with the same path in the "
+                f"same order."
             )
 
 

@@ -2,7 +2,6 @@
 
 import difflib
 import io
-import os
 import pickle
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from shardckpt import commit
 from shardckpt import manifest as mf
-from shardckpt.coordinator import Operation
+from shardckpt.coordinator import Operation, turn
 from shardckpt.errors import (
     CorruptCheckpointError,
     LoadFailedError,
@@ -23,7 +22,7 @@ from shardckpt.errors import (
     UsageError,
 )
 from shardckpt.manifest import Manifest
-from shardckpt.reader import ReadStats, Target, read_bytes, read_targets
+from shardckpt.reader import ReadStats, Target, check_files, read_bytes, read_targets
 from shardckpt.reports import LoadReport
 from shardckpt.staging import StagingPool
 from shardckpt.state import Match, parameter_names
@@ -38,14 +37,10 @@ def read_manifest(
     path: str, storage: Storage, storage_options: Mapping[str, Any] | None, operation: Operation
 ) -> Manifest:
     """Read the manifest once, on rank 0, and hand it to all: every rank restores one save."""
-    word: bytes | Exception = b""
-    if operation.rank == 0:
-        try:
-            word = commit.read(path, storage, storage_options).data
-        except Exception as error:  # said to all ranks, and raised from there
-            word = error
-    data = operation.agree("manifest", word)[0]
-    return mf.decode_manifest(data, f"{storage.url}/{mf.MANIFEST}")
+    with turn(operation, "manifest") as said:
+        if operation.rank == 0:
+            said.word = commit.read(path, storage, storage_options).data
+    return mf.decode_manifest(said.heard[0], f"{storage.url}/{mf.MANIFEST}")
 
 
 class OpenCheckpoint:
@@ -110,21 +105,18 @@ class OpenCheckpoint:
         operation = self._begin(f"load({self.path!r})")
         started = time.monotonic()
         stats = ReadStats()
-        word: bytes | Exception = b""
-        try:
+        with turn(operation, "match"):
             match = self._match(parameter_names(state), map_location, strict=strict, convert_dtype=convert_dtype)
             place = match.match(state, self.manifest.state, "")
             match.differences.check(self.path, strict=strict)
             self._load_objects(match, map_location, weights_only)
-        except Exception as error:
-            word = error
-        operation.agree("match", word)
-        try:
-            self._fill(match, convert_dtype=convert_dtype, stats=stats)
-            place()
-        except Exception as error:
-            word = _with_safety(error, self.path, changed=stats.placing or operation.world_size > 1)
-        operation.agree("restore", word)
+            check_files(self.manifest, self.storage, _targets(match.targets))
+        with turn(operation, "restore"):
+            try:
+                self._fill(match, convert_dtype=convert_dtype, stats=stats)
+                place()
+            except Exception as error:
+                raise _with_safety(error, self.path, changed=stats.placing or operation.world_size > 1) from error
         return LoadReport(
             path=self.path,
             save_id=self.manifest.save_id,
@@ -169,7 +161,9 @@ class OpenCheckpoint:
         for path in match.objects:
             entry = self.manifest.objects.get(path)
             if entry is None:
-                raise CorruptCheckpointError(f"{self.path}: the state has an object at {path!r} that the manifest does not list.")
+                raise CorruptCheckpointError(
+                    f"{self.path}: the state has an object at {path!r} that the manifest does not list."
+                )
             data = read_bytes(self.storage, entry.file, entry.offset, entry.nbytes, entry.digest)
             try:
                 match.objects[path] = torch.load(
@@ -177,10 +171,14 @@ class OpenCheckpoint:
                 )
             except pickle.UnpicklingError as error:
                 if weights_only is False:
-                    raise LoadFailedError(f"{self.path}: the object at {path!r} cannot be unpickled: {error}") from error
+                    raise LoadFailedError(
+                        f"{self.path}: the object at {path!r} cannot be unpickled: {error}"
+                    ) from error
                 raise UnsafeLoadError(
-                    f"{self.path} holds a pickled object at {path!r}, and weights_only forbids to load it: unpickling runs"
-                    f" code. If you trust whoever wrote it, pass weights_only=False. Nothing was changed. ({_first_line(error)})"
+                    f"{self.path} holds a pickled object at {path!r}, and weights_only forbids to load it: "
+                    f"unpickling runs"
+                    f" code. If you trust whoever wrote it, pass weights_only=False. Nothing was changed. "
+                    f"({_first_line(error)})"
                 ) from error
             except (AttributeError, ImportError) as error:
                 raise LoadFailedError(
@@ -206,7 +204,6 @@ def _with_safety(error: Exception, path: str, *, changed: bool) -> Exception:
         told = type(error)(f"{error} {safety}")
     else:
         told = LoadFailedError(f"the load of {path} failed: {type(error).__name__}: {error}. {safety}")
-    told.__cause__ = error
     return told
 
 
@@ -223,23 +220,20 @@ def relocation(map_location: MapLocation) -> Callable[[Tensor, str], Tensor]:
 
     The meaning is that of ``torch.load``: https://docs.pytorch.org/docs/stable/generated/torch.load.html
     """
-    default = torch.serialization.default_restore_location
-    if map_location is None:
-        locate: Callable[[Any, str], Any] = default
-    elif isinstance(map_location, dict):
-        locate = lambda storage, tag: default(storage, map_location.get(tag, tag))  # noqa: E731 - one of four forms
-    elif isinstance(map_location, (str, bytes)):
-        text = os.fsdecode(map_location)
-        locate = lambda storage, tag: default(storage, text)  # noqa: E731
-    elif isinstance(map_location, torch.device):
-        locate = lambda storage, tag: default(storage, str(map_location))  # noqa: E731
-    elif callable(map_location):
+    default: Callable[[Any, str], Any] = torch.serialization.default_restore_location
 
-        def locate(storage: Any, tag: str) -> Any:
-            placed = map_location(storage, tag)
-            return default(storage, tag) if placed is None else placed
+    def locate(storage: Any, tag: str) -> Any:
+        match map_location:
+            case None:
+                return default(storage, tag)
+            case dict():
+                return default(storage, map_location.get(tag, tag))
+            case str() | torch.device():
+                return default(storage, str(map_location))
+        placed = map_location(storage, tag)
+        return default(storage, tag) if placed is None else placed
 
-    else:
+    if not (map_location is None or isinstance(map_location, (dict, str, torch.device)) or callable(map_location)):
         raise UsageError(f"map_location is None, a device, a string, a dict or a callable, not {map_location!r}")
 
     def relocate(tensor: Tensor, tag: str) -> Tensor:

@@ -169,7 +169,9 @@ def encode(manifest: Manifest | RankManifest) -> bytes:
     defaults = {field.name: field.default for field in msgspec.structs.fields(type(manifest))}
     lines = []
     for name, value in fields.items():
-        if name not in ("format", "version") and (value is None or (value == {} and defaults[name] != msgspec.NODEFAULT)):
+        if name not in ("format", "version") and (
+            value is None or (value == {} and defaults[name] != msgspec.NODEFAULT)
+        ):
             continue
         lines.append(f" {msgspec.json.encode(name).decode()}: {_rows(value)}")
     text = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
@@ -179,7 +181,10 @@ def encode(manifest: Manifest | RankManifest) -> bytes:
 def _rows(value: Any) -> str:
     """A dict or list as JSON with one row a line, so that a person can read it and ``diff`` it."""
     if isinstance(value, dict) and value:
-        rows = [f"  {msgspec.json.encode(key).decode()}: {msgspec.json.encode(item).decode()}" for key, item in value.items()]
+        rows = [
+            f"  {msgspec.json.encode(key).decode()}: {msgspec.json.encode(item).decode()}"
+            for key, item in value.items()
+        ]
         return "{\n" + ",\n".join(rows) + "\n }"
     if isinstance(value, list) and value:
         return "[\n" + ",\n".join(f"  {msgspec.json.encode(item).decode()}" for item in value) + "\n ]"
@@ -192,14 +197,17 @@ AnyManifest = TypeVar("AnyManifest", Manifest, RankManifest)
 def _decode(data: bytes, kind: type[AnyManifest], where: str) -> AnyManifest:
     try:
         if data[:4] == _ZSTD_MAGIC:
-            data = zstandard.ZstdDecompressor().decompress(data, max_output_size=MAX_MANIFEST_BYTES, read_across_frames=False)
+            data = zstandard.ZstdDecompressor().decompress(
+                data, max_output_size=MAX_MANIFEST_BYTES, read_across_frames=False
+            )
         return msgspec.json.decode(data, type=kind)
     except UnsupportedFormatError as error:
         raise UnsupportedFormatError(f"{where}: {error}") from error
     except (msgspec.DecodeError, zstandard.ZstdError, RecursionError, UnicodeDecodeError, MemoryError) as error:
         _refuse_newer(data, where, error)
         raise CorruptCheckpointError(
-            f"{where} is not a manifest of format v{VERSION}: {error}. It is damaged or truncated; load another checkpoint."
+            f"{where} is not a manifest of format v{VERSION}: {error}. It is damaged or truncated; load another "
+            f"checkpoint."
         ) from error
 
 
@@ -235,10 +243,12 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     of a newer version. ``where`` names the file in messages.
     """
     manifest = _decode(data, Manifest, where)
-    problems = [problem for problem in _problems(manifest)]
+    problems = list(_problems(manifest))
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CorruptCheckpointError(f"{where} contradicts itself: {'; '.join(problems[:3])}{more}. Load another checkpoint.")
+        raise CorruptCheckpointError(
+            f"{where} contradicts itself: {'; '.join(problems[:3])}{more}. Load another checkpoint."
+        )
     return manifest
 
 
@@ -249,9 +259,13 @@ def decode_rank_manifest(data: bytes, where: str) -> RankManifest:
         if entry.offset < manifest.header_nbytes or entry.nbytes < 0 or entry.offset + entry.nbytes > manifest.size:
             raise CorruptCheckpointError(f"{where}: entry {key!r} lies outside its file of {manifest.size} bytes.")
         if (entry.codec is None) != (entry.frames is None):
-            raise CorruptCheckpointError(f"{where}: entry {key!r} has frames without a codec, or a codec without frames.")
+            raise CorruptCheckpointError(
+                f"{where}: entry {key!r} has frames without a codec, or a codec without frames."
+            )
         if entry.frames is not None and (min(entry.frames, default=0) < 0 or sum(entry.frames) != entry.nbytes):
-            raise CorruptCheckpointError(f"{where}: the frames of entry {key!r} do not add up to its {entry.nbytes} bytes.")
+            raise CorruptCheckpointError(
+                f"{where}: the frames of entry {key!r} do not add up to its {entry.nbytes} bytes."
+            )
     return manifest
 
 

@@ -8,12 +8,13 @@ from typing import Any, Final
 
 import msgspec
 
-from shardckpt import commit, manifest as mf
+from shardckpt import commit
+from shardckpt import manifest as mf
 from shardckpt.background import PendingSave
 from shardckpt.box import Box, relative_to, slices
 from shardckpt.codecs import ITEMSIZE, digest, digests_text
 from shardckpt.commit import Found, TensorHead
-from shardckpt.coordinator import Operation
+from shardckpt.coordinator import Operation, turn
 from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError
 from shardckpt.manifest import FileEntry, Manifest, ObjectEntry, RankManifest
 from shardckpt.planner import Held, ShardPlan, plan_save
@@ -76,17 +77,15 @@ def structure_key(openings: Sequence[Opening]) -> str:
 
 def agree_on_structure(operation: Operation, flat: Flattened, openings: Sequence[Opening]) -> Structure:
     """Exchange what every rank holds, and plan. Identical descriptions cross the wire once."""
-    try:
+    with turn(operation, "describe") as digested:
         body = msgspec.msgpack.encode(_describe(flat, operation.world_size))
-        own = digests_text([digest(body)]).encode()
-    except Exception as error:  # said to all ranks, and raised from there
-        operation.agree("describe", error)
-        raise
-    digests = operation.agree("describe", own)
-    first = digests.index(own) == operation.rank
-    bodies = operation.agree("structure", body if first else b"")
+        digested.word = digests_text([digest(body)]).encode()
+    digests = digested.heard
+    is_first = digests.index(digested.word) == operation.rank
+    bodies = operation.agree("structure", body if is_first else b"")
     decoded = {
-        mark: msgspec.msgpack.decode(bodies[digests.index(mark)], type=_WireStructure) for mark in dict.fromkeys(digests)
+        mark: msgspec.msgpack.decode(bodies[digests.index(mark)], type=_WireStructure)
+        for mark in dict.fromkeys(digests)
     }
     held = {mark: _held(structure) for mark, structure in decoded.items()}
     plans = plan_save([held[mark] for mark in digests], ITEMSIZE)
@@ -114,7 +113,7 @@ def _describe(flat: Flattened, world_size: int) -> _WireStructure:
             leaf.fqn,
             leaf.shape,
             leaf.dtype,
-            [tuple(box) for box in leaf.boxes],
+            [(box.offsets, box.lengths) for box in leaf.boxes],
             leaf.split,
             # On several ranks a tensor is on several devices, so its tag names only their type.
             leaf.location if world_size == 1 else leaf.location.partition(":")[0],
@@ -139,14 +138,15 @@ def _hint(plans: Sequence[ShardPlan], digests: Sequence[bytes], decoded: dict[by
     nbytes = sum(item.nbytes for item in plans[0].items if item.fqn in whole)
     if nbytes >= _HINT_BYTES:
         log.info(
-            "rank 0 writes %d MiB of tensors that the other ranks hold too, because they may differ by rank. If they are"
+            "rank 0 writes %d MiB of tensors that the other ranks hold too, because they may differ by rank. If "
+            "they are"
             " equal everywhere, `replicated=True`, or patterns of their names, shares the work.",
             nbytes >> 20,
         )
 
 
 def sources(plan: ShardPlan, flat: Flattened) -> list[Source]:
-    """This rank's part of the plan, with the memory each entry is in."""
+    """A rank's part of the plan, with the memory each entry is in."""
     found = []
     for item in plan.items:
         leaf = flat.tensors[item.fqn]
@@ -189,139 +189,148 @@ def failure(path: str, error: Exception) -> SaveFailedError:
     """What a failed save raises: the cause, and what is still safe."""
     reason = str(error) if isinstance(error, ShardckptError) else f"{type(error).__name__}: {error}"
     failed = SaveFailedError(
-        f"the save to {path} failed and left no checkpoint behind. Checkpoints committed before it are intact. Cause: {reason}"
+        f"the save to {path} failed and left no checkpoint behind. Checkpoints committed before it are intact. "
+        f"Cause: {reason}"
     )
     failed.__cause__ = error
     return failed
 
 
-def report(pending: PendingSave, world_size: int, nbytes: int, rank_nbytes: int, times: Times, *, alias: bool) -> SaveReport:
-    return SaveReport(
-        path=pending.path,
-        save_id=pending.save_id,
-        world_size=world_size,
-        nbytes=nbytes,
-        rank_nbytes=rank_nbytes,
-        stall_seconds=times.stall[0] if times.stall else 0.0,
-        total_seconds=time.monotonic() - times.called,
-        alias=alias,
-    )
-
-
-@dataclass
-class SaveJob:
-    """The background half of a save: shard, rank manifest, commit."""
+@dataclass(frozen=True)
+class Order:
+    """What both kinds of background job need to know of the save that ordered them."""
 
     pending: PendingSave
     operation: Operation
     storage: Storage
-    writer: ShardWriter
     structure: Structure
     skeleton: Any
     objects: dict[str, bytes]
     previous: Found | None
+    """On rank 0: the commit record that this save may replace."""
     commit_timeout: float
     times: Times
-    committed: Manifest | None = None
-    """On rank 0, once it is."""
+
+    def report(self, verdict: bytes, *, rank_nbytes: int, alias: bool) -> SaveReport:
+        """What the caller hears of a save that was committed; ``verdict`` is the size of all shards, as rank 0 said
+        it.
+        """
+        return SaveReport(
+            path=self.pending.path,
+            save_id=self.pending.save_id,
+            world_size=self.operation.world_size,
+            nbytes=msgspec.msgpack.decode(verdict, type=int),
+            rank_nbytes=rank_nbytes,
+            stall_seconds=self.times.stall[0] if self.times.stall else 0.0,
+            total_seconds=time.monotonic() - self.times.called,
+            alias=alias,
+        )
+
+
+class SaveJob:
+    """The background half of a save: shard, rank manifest, commit."""
+
+    def __init__(self, order: Order, writer: ShardWriter) -> None:
+        self.order = order
+        self.committed: Manifest | None = None
+        """On rank 0, once it is."""
+        self._writer = writer
 
     def run(self) -> None:
-        rank = self.operation.rank
-        word: bytes | Exception
+        order = self.order
+        rank = order.operation.rank
         rank_nbytes = 0
+        word: bytes | Exception
         try:
             entry = self._write()
             rank_nbytes = entry.size
             word = msgspec.msgpack.encode(entry)
-        except Exception as error:  # any failure is said to all ranks, whatever it is
+        except Exception as error:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
             word = error
         try:
-            operation = self.operation.in_background()
-            verdict = settle(operation, word, self.commit_timeout, self._conclude)
-        except Exception as error:
-            own = word if isinstance(word, Exception) else error
+            verdict = settle(order.operation.in_background(), word, order.commit_timeout, self._conclude)
+        except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
             # Whoever never heard the verdict must not remove files that rank 0 may just be committing.
-            if self.committed is None and (own is word or rank == 0 or not isinstance(error, RankTimeoutError)):
-                commit.abandon(self.storage, self.pending.save_id, [rank])
-            self.pending.resolve(failure(self.pending.path, own))
+            unheard = isinstance(error, RankTimeoutError) and rank != 0 and not isinstance(word, Exception)
+            if self.committed is None and not unheard:
+                commit.abandon(order.storage, order.pending.save_id, [rank])
+            order.pending.resolve(failure(order.pending.path, word if isinstance(word, Exception) else error))
             return
-        nbytes = msgspec.msgpack.decode(verdict, type=int)
-        self.pending.resolve(
-            report(self.pending, self.operation.world_size, nbytes, rank_nbytes, self.times, alias=False)
-        )
+        order.pending.resolve(order.report(verdict, rank_nbytes=rank_nbytes, alias=False))
 
     def _write(self) -> FileEntry:
-        rank = self.operation.rank
+        order = self.order
+        rank, save_id = order.operation.rank, order.pending.save_id
         if rank != 0:
-            self.storage.prepare()
-        manifest = self.writer.run().manifest
-        if self.structure.speaks:
-            manifest.state = self.skeleton
-            manifest.objects = put_objects(self.storage, rank, self.pending.save_id, self.objects)
-        return commit.put_rank_manifest(self.storage, manifest)
+            order.storage.prepare()
+        manifest = self._writer.run().manifest
+        if order.structure.speaks:
+            manifest.state = order.skeleton
+            manifest.objects = put_objects(order.storage, rank, save_id, order.objects)
+        return commit.put_rank_manifest(order.storage, manifest)
 
     def _conclude(self, words: list[bytes]) -> bytes:
+        order = self.order
         files = [msgspec.msgpack.decode(word, type=FileEntry) for word in words]
-        ranks: list[RankManifest | None] = [None] * len(files)
+        ranks: dict[int, RankManifest] = {}
 
         def read(index: int) -> None:
-            ranks[index] = commit.get_rank_manifest(self.storage, files[index])
+            ranks[index] = commit.get_rank_manifest(order.storage, files[index])
 
         for_each(range(len(files)), read, threads=THREADS, name="manifests")
         manifest = commit.assemble(
-            self.pending.save_id, files, [rank for rank in ranks if rank is not None], self.structure.heads, self.structure.aliases
+            order.pending.save_id,
+            files,
+            [ranks[index] for index in range(len(files))],
+            order.structure.heads,
+            order.structure.aliases,
         )
-        commit.publish(self.storage, manifest, self.previous)
+        commit.publish(order.storage, manifest, order.previous)
         self.committed = manifest
-        commit.clean(self.storage, manifest)
+        commit.clean(order.storage, manifest)
         return msgspec.msgpack.encode(sum(file.size for file in files))
 
 
-@dataclass
 class AliasJob:
-    """The background half of a save whose tensors are those of the save before it: links, and a manifest of its own."""
+    """The background half of a save whose tensors are those of the one before: links, and a manifest of its own."""
 
-    pending: PendingSave
-    operation: Operation
-    storage: Storage
-    source: "SaveJob | AliasJob"
-    skeleton: Any
-    objects: dict[str, bytes]
-    previous: Found | None
-    commit_timeout: float
-    times: Times
-    committed: Manifest | None = None
+    def __init__(self, order: Order, source: "SaveJob | AliasJob") -> None:
+        self.order = order
+        self.committed: Manifest | None = None
+        self._source = source
+        self._linked: list[str] = []
 
     def run(self) -> None:
+        order, source = self.order, self._source.order.pending
         try:
-            if not self.source.pending.succeeded():
-                raise SaveFailedError(f"the save to {self.source.pending.path}, whose shards it shares, failed.")
-            operation = self.operation.in_background()
-            verdict = settle(operation, b"", self.commit_timeout, self._conclude)
-        except Exception as error:
-            if self.operation.rank == 0:
-                commit.abandon(self.storage, self.pending.save_id, [0])
-            self.pending.resolve(failure(self.pending.path, error))
+            if not source.succeeded():
+                raise SaveFailedError(f"the save to {source.path}, whose shards it shares, failed.")
+            verdict = settle(order.operation.in_background(), b"", order.commit_timeout, self._conclude)
+        except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
+            if order.operation.rank == 0 and self.committed is None:
+                commit.abandon(order.storage, order.pending.save_id, [0], also=self._linked)
+            order.pending.resolve(failure(order.pending.path, error))
             return
-        nbytes = msgspec.msgpack.decode(verdict, type=int)
-        self.pending.resolve(report(self.pending, self.operation.world_size, nbytes, 0, self.times, alias=True))
+        order.pending.resolve(order.report(verdict, rank_nbytes=0, alias=True))
 
-    def _conclude(self, words: list[bytes]) -> bytes:
-        source = self.source.committed
-        assert source is not None, "rank 0 knows what it committed"
-        names = [name for file in source.files for name in (file.name, file.manifest)]
-        present = {stat.name for stat in self.storage.list()}
-        self.storage.copy_from(self.source.storage, [name for name in names if name not in present])
+    def _conclude(self, _: list[bytes]) -> bytes:
+        order = self.order
+        shared = self._source.committed
+        assert shared is not None, "rank 0 knows what it committed"
+        names = [name for file in shared.files for name in (file.name, file.manifest)]
+        present = {stat.name for stat in order.storage.list()}
+        self._linked = [name for name in names if name not in present]
+        order.storage.copy_from(self._source.order.storage, self._linked)
         manifest = msgspec.structs.replace(
-            source,
-            save_id=self.pending.save_id,
+            shared,
+            save_id=order.pending.save_id,
             created=commit.now(),
-            state=self.skeleton,
-            objects=put_objects(self.storage, 0, self.pending.save_id, self.objects),
+            state=order.skeleton,
+            objects=put_objects(order.storage, 0, order.pending.save_id, order.objects),
         )
-        commit.publish(self.storage, manifest, self.previous)
+        commit.publish(order.storage, manifest, order.previous)
         self.committed = manifest
-        commit.clean(self.storage, manifest)
+        commit.clean(order.storage, manifest)
         return msgspec.msgpack.encode(sum(file.size for file in manifest.files))
 
 

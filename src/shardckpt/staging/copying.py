@@ -96,9 +96,9 @@ class _Filler:
     def add(self, tensor: torch.Tensor, nbytes: int) -> None:
         """Append all elements of `tensor`, which are `nbytes` bytes, to the stream."""
         if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-            self._add_bytes(tensor.view(-1).view(torch.uint8), nbytes)
+            self._add_bytes(_octets(tensor), nbytes)
         elif (self._at + self._small_nbytes) % tensor.element_size():
-            self._add_bytes(_plain(tensor).view(-1).view(torch.uint8), nbytes)
+            self._add_bytes(_octets(tensor.contiguous().resolve_conj().resolve_neg()), nbytes)
         else:
             self._add_elements(tensor)
 
@@ -198,6 +198,6 @@ class _Filler:
             self._emit(block)
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy without the conjugate and negative bits."""
-    return tensor.contiguous().resolve_conj().resolve_neg()
+def _octets(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor. Where it has one element, its strides may be any."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -68,13 +68,18 @@ def flatten(
     their writing is shared. Raises UnserialisableError naming the path of a value that cannot be stored, UsageError for
     a state of a wrong type or with clashing names.
     """
-    if not (isinstance(state, Mapping) or names.is_module(state) or names.is_optimizer(state) or names.is_stateful(state)):
+    if not (
+        isinstance(state, Mapping) or names.is_module(state) or names.is_optimizer(state) or names.is_stateful(state)
+    ):
         raise UsageError(
-            f"a state is a dict, a module, an optimizer or an object with state_dict/load_state_dict, not {type(state).__name__}."
+            f"a state is a dict, a module, an optimizer or an object with state_dict/load_state_dict, not "
+            f"{type(state).__name__}."
         )
     walk = _Flattener(
         names.parameter_names(state),
-        lambda path: replicated is True or (replicated is not False and any(fnmatch.fnmatchcase(path, p) for p in replicated)),
+        lambda path: (
+            replicated is True or (replicated is not False and any(fnmatch.fnmatchcase(path, p) for p in replicated))
+        ),
         Selection(include, exclude),
     )
     walk.result.skeleton = walk.node(state, "", False)
@@ -156,13 +161,16 @@ class _Flattener:
         encoded = values.encode_scalar(key)
         if encoded is values.NOT_PLAIN:
             raise UnserialisableError(
-                f"the dict at {path or 'the root'!r} has a key of type {type(key).__name__}: {key!r}. Keys are plain values."
+                f"the dict at {path or 'the root'!r} has a key of type {type(key).__name__}: {key!r}. Keys are "
+                f"plain values."
             )
         return encoded
 
     def _tensor(self, value: Tensor, path: str, split: bool) -> Json:
         if is_uninitialised(value):
-            raise UnserialisableError(f"parameter {path!r} is lazy and has no shape yet; run the module once before saving.")
+            raise UnserialisableError(
+                f"parameter {path!r} is lazy and has no shape yet; run the module once before saving."
+            )
         if value.layout in _SPARSE_PARTS and not value.is_quantized and not value.is_nested:
             return self._sparse(value, path, split)
         if not is_raw_tensor(value):
@@ -192,7 +200,9 @@ class _Flattener:
 
     def _sparse(self, value: Tensor, path: str, split: bool) -> Json:
         parts = {
-            part.strip("_"): self._tensor(getattr(value.detach(), part)(), names.child_path(path, part.strip("_")), split)
+            part.strip("_"): self._tensor(
+                getattr(value.detach(), part)(), names.child_path(path, part.strip("_")), split
+            )
             for part in _SPARSE_PARTS[value.layout]
         }
         layout = str(value.layout).removeprefix("torch.")
@@ -257,7 +267,8 @@ class _Flattener:
             torch.save(value, buffer)
         except Exception as error:  # pickle runs the object's own code, which may raise anything
             raise UnserialisableError(
-                f"the value at {path or 'the root'!r} is a {type(value).__module__}.{type(value).__qualname__}, which is neither"
+                f"the value at {path or 'the root'!r} is a {type(value).__module__}.{type(value).__qualname__}, "
+                f"which is neither"
                 f" plain nor picklable: {error}. Take it out of the state, or give it state_dict/load_state_dict."
             ) from error
         self.result.objects[path] = buffer.getvalue()

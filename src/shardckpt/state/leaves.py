@@ -12,14 +12,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.box import Box, full_box
 from shardckpt.codecs import DTYPE_NAMES
 from shardckpt.errors import UnserialisableError
 
 try:
-    from torch.distributed._shard.sharded_tensor import ShardedTensor
+    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 except ImportError:  # torch built without distributed, or a release that dropped it
     ShardedTensor = None  # type: ignore[assignment, misc]
 
@@ -64,7 +64,7 @@ def is_raw_tensor(value: Any) -> bool:
 
 def is_uninitialised(value: Any) -> bool:
     """Whether a tensor is a lazy module's parameter that has no shape yet."""
-    return isinstance(value, UninitializedTensorMixin)
+    return isinstance(value, (UninitializedParameter, UninitializedBuffer))
 
 
 def _is_sharded_tensor(value: Any) -> bool:
@@ -108,7 +108,15 @@ def memory_key(tensor: Tensor) -> Hashable | None:
     if type(tensor) not in _PLAIN_TYPES or tensor.device.type == "meta" or tensor.numel() == 0:
         return None
     pointer = tensor.data_ptr()
-    return (tensor.device, pointer, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
+    return (
+        tensor.device,
+        pointer,
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
 
 
 def storage_key(tensor: Tensor) -> Hashable | None:
@@ -122,7 +130,7 @@ def storage_key(tensor: Tensor) -> Hashable | None:
 def _location(tensor: Tensor, *, pieces: bool) -> str:
     # A tensor pieced together from several ranks belongs to none of their devices in particular.
     device = tensor.device
-    return device.type if pieces or device.index is None or device.type == "cpu" else f"{device.type}:{device.index}"
+    return device.type if pieces or device.type == "cpu" else str(device)
 
 
 Runs = list[tuple[int, int]]
@@ -194,7 +202,9 @@ def _boxes_and_views(runs: list[Runs], local: Tensor) -> tuple[list[Box], list[T
     placed = []
     for dim_runs in runs:
         positions = itertools.accumulate((length for _, length in dim_runs), initial=0)
-        placed.append([(start, length, position) for (start, length), position in zip(dim_runs, positions, strict=False)])
+        placed.append(
+            [(start, length, position) for (start, length), position in zip(dim_runs, positions, strict=False)]
+        )
     for combination in itertools.product(*placed):
         view = local
         for dim, (_, length, position) in enumerate(combination):

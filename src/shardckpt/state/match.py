@@ -1,7 +1,8 @@
 """Match: the live state beside a checkpoint's skeleton, before a byte is read.
 
-Matching walks both trees together. It changes nothing: it collects the live tensors to be filled, the tensors to be made
-anew, every difference, and for each place a *thunk* that, run once all tensors are read, returns the value for it.
+Matching walks both trees together. It changes nothing: it collects the live tensors to be filled, the tensors to be
+made anew, every difference, and for each place a *thunk* that, run once all tensors are read, returns the value for
+it.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -144,7 +145,9 @@ class Match:
         """Whether a live tensor can take a stored one; the reasons why not go to the differences."""
         entry = self.entry(name)
         if tuple(live.shape) != tuple(entry.shape):
-            self.differences.mismatched.append(f"{path}: shape {tuple(live.shape)} here, {tuple(entry.shape)} in the checkpoint")
+            self.differences.mismatched.append(
+                f"{path}: shape {tuple(live.shape)} here, {tuple(entry.shape)} in the checkpoint"
+            )
             return False
         if live.dtype is not DTYPES.get(entry.dtype) and not self._convert_dtype:
             here = str(live.dtype).removeprefix("torch.")
@@ -216,7 +219,10 @@ class Match:
             found = len(items) if isinstance(items, list) else "no list"
             self.differences.mismatched.append(f"{path}: {len(live)} items here, {found} in the checkpoint")
             return lambda: live
-        thunks = [self.match(value, item, names.child_path(path, i)) for i, (value, item) in enumerate(zip(live, items, strict=True))]
+        thunks = [
+            self.match(value, item, names.child_path(path, i))
+            for i, (value, item) in enumerate(zip(live, items, strict=True))
+        ]
 
         def place() -> Any:
             restored = [thunk() for thunk in thunks]
@@ -232,7 +238,7 @@ class Match:
     def new(self, node: Json, path: str, like: Tensor | None = None) -> Thunk:
         """The thunk that makes the value of ``node`` anew; tensors on the device that ``like`` implies, if given."""
         tag = values.tag_of(node)
-        argument = node[tag] if tag is not None else None
+        argument: Any = node[tag] if tag is not None else None
         if tag == "$tensor":
             return self._new_tensor(argument, like).value
         if tag == "$ndarray":
@@ -245,7 +251,10 @@ class Match:
             self.objects.setdefault(argument, None)
             return lambda: self.objects[argument]
         if tag in ("$tuple", "$set", "$frozenset") or isinstance(node, list):
-            items = [self.new(item, names.child_path(path, i), like) for i, item in enumerate(node if tag is None else argument)]
+            items = [
+                self.new(item, names.child_path(path, i), like)
+                for i, item in enumerate(node if tag is None else argument)
+            ]
             kind = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}.get(tag or "", list)
             return lambda: kind(item() for item in items)
         saved = self.items(node, path)
@@ -296,7 +305,11 @@ def _sparse(node: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
     size = torch.Size(node["size"])
     if node["layout"] == "sparse_coo":
         return torch.sparse_coo_tensor(parts["indices"], parts["values"], size, is_coalesced=node["coalesced"])
-    compressed, plain = (("crow", "col") if "crow_indices" in parts else ("ccol", "row"))
+    compressed, plain = ("crow", "col") if "crow_indices" in parts else ("ccol", "row")
     return torch.sparse_compressed_tensor(
-        parts[f"{compressed}_indices"], parts[f"{plain}_indices"], parts["values"], size, layout=getattr(torch, node["layout"])
+        parts[f"{compressed}_indices"],
+        parts[f"{plain}_indices"],
+        parts["values"],
+        size,
+        layout=getattr(torch, node["layout"]),
     )

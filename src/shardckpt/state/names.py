@@ -89,7 +89,8 @@ def clean_names(module: nn.Module, names: list[str]) -> dict[str, str]:
                 name = (parent + "." if parent else "") + name[len(prefix) :]
         if name in taken:
             raise UsageError(
-                f"{taken[name]!r} and {raw!r} of {type(module).__name__} are both called {name!r} once wrapper prefixes are"
+                f"{taken[name]!r} and {raw!r} of {type(module).__name__} are both called {name!r} once wrapper "
+                f"prefixes are"
                 " removed. Rename one of them, or save the two modules under different keys of the state."
             )
         taken[name] = raw
@@ -125,7 +126,7 @@ def optimizer_parameter_names(
     A parameter outside every module is called by its place: ``param_groups.<group>.<index>``.
     """
     if isinstance(value, OptimizerState):
-        names = parameter_names(dict(value.modules)) | dict(names)
+        names = dict(names) | parameter_names(dict(value.modules))
     return [
         [names.get(id(parameter), f"param_groups.{g}.{i}") for i, parameter in enumerate(group["params"])]
         for g, group in enumerate(optimizer_of(value).param_groups)

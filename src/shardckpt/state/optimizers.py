@@ -28,7 +28,9 @@ def match_optimizer(
     live_names = names.optimizer_parameter_names(live, match.parameters)
     body = optimizer_node(node) or _named(match, node, live_names, path)
     if body is None:
-        match.differences.mismatched.append(f"{path or 'the root'}: an optimizer here, something else in the checkpoint")
+        match.differences.mismatched.append(
+            f"{path or 'the root'}: an optimizer here, something else in the checkpoint"
+        )
         return lambda: live
     saved_names = {name for group in body["param_groups"] for name in group["params"]}
     parameters = {
@@ -39,11 +41,13 @@ def match_optimizer(
     match.differences.missing += [_in(path, f"param_groups: {name}") for name in parameters if name not in saved_names]
     match.differences.unexpected += [_in(path, f"param_groups: {name}") for name in saved_names - parameters.keys()]
     state = {
-        name: _match_state(match, optimizer.state.get(parameters[name], {}), parameters[name], item, _in(path, f"state.{name}"))
+        name: _match_state(
+            match, optimizer.state.get(parameters[name], {}), parameters[name], item, _in(path, f"state.{name}")
+        )
         for name, item in body["state"].items()
         if name in parameters
     }
-    options = [
+    options: list[Thunk] = [
         match.new(saved["options"], _in(path, f"param_groups.{index}")) if saved is not None else dict
         for index, saved in enumerate(_saved_groups(live_names, body["param_groups"]))
     ]
@@ -71,14 +75,16 @@ def _named(match: "Match", node: Json, live_names: list[list[str]], path: str) -
     items = match.items(node, path)
     if items is None or not {"state", "param_groups"} <= items.keys() or not isinstance(items["param_groups"], list):
         return None
-    groups, by_index = [], {}
+    groups: list[dict[str, Json]] = []
+    by_index: dict[Any, str] = {}
     for index, group_node in enumerate(items["param_groups"]):
         group = dict(values.pairs_of(group_node) or [])
         numbers = group.pop("params", [])
-        group_names = live_names[index] if index < len(live_names) else []
+        group_names: list[str] = live_names[index] if index < len(live_names) else []
         if len(group_names) != len(numbers):
             match.differences.mismatched.append(
-                f"{_in(path, f'param_groups.{index}')}: {len(group_names)} parameters here, {len(numbers)} in the checkpoint"
+                f"{_in(path, f'param_groups.{index}')}: {len(group_names)} parameters here, {len(numbers)} in the "
+                f"checkpoint"
             )
             return {"state": {}, "param_groups": []}
         by_index.update(zip(numbers, group_names, strict=True))
@@ -112,18 +118,22 @@ def _same_kind(match: "Match", live: Tensor, name: str) -> bool:
 def _saved_groups(live_names: list[list[str]], saved: list[dict[str, Json]]) -> list[dict[str, Json] | None]:
     """For each live param group the saved group whose options it takes."""
     holder = {name: group for group in saved for name in group["params"]}
-    found = []
+    found: list[dict[str, Json] | None] = []
     for index, group_names in enumerate(live_names):
         at_place = saved[index] if index < len(saved) else None
         if at_place is not None and (not group_names or set(group_names) & set(at_place["params"])):
             found.append(at_place)
         else:
-            found.append(next((holder[name] for name in group_names if name in holder), None))
+            found.append(next(filter(None, map(holder.get, group_names)), None))
     return found
 
 
 def _has_load_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer._optimizer_load_state_dict_pre_hooks or optimizer._optimizer_load_state_dict_post_hooks)
+    # torch offers no public way to ask; both exist since 2.0.
+    return bool(
+        optimizer._optimizer_load_state_dict_pre_hooks  # noqa: SLF001
+        or optimizer._optimizer_load_state_dict_post_hooks  # noqa: SLF001
+    )
 
 
 def _place_directly(
@@ -142,9 +152,10 @@ def _place_directly(
             optimizer.state.pop(parameter, None)
     optimizer.state.update(loose)
     for group, group_options in zip(optimizer.param_groups, options, strict=True):
-        kept = {key: group[key] for key in ("params", "param_names") if key in group}
+        names_of_its_own = group.get("param_names")
         group.update(group_options)
-        group.update(kept)
+        if names_of_its_own is not None:
+            group["param_names"] = names_of_its_own
     optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 
 

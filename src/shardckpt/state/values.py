@@ -53,7 +53,7 @@ def _encode_float(value: float) -> Json:
 
 
 _ENCODERS: Final[dict[type, Callable[[Any], Json]]] = {
-    type(None): lambda value: None,
+    type(None): lambda _: None,
     bool: lambda value: value,
     str: _encode_str,
     int: lambda value: value if abs(value) <= _SAFE_INT else {"$int": str(value)},
@@ -75,7 +75,7 @@ def encode_scalar(value: Any) -> Json:
     encoder = _ENCODERS.get(type(value))
     if encoder is not None:
         return encoder(value)
-    if isinstance(value, datetime.datetime) or isinstance(value, datetime.time):
+    if isinstance(value, (datetime.datetime, datetime.time)):
         return NOT_PLAIN
     if isinstance(value, pathlib.PurePath):
         return {"$path": str(value)}
@@ -193,7 +193,9 @@ def empty_dict_of(node: Json) -> dict[Any, Any]:
         case "$defaultdict":
             name = node["$defaultdict"][0]
             if name is not None and name not in FACTORIES:
-                raise CorruptCheckpointError(f"a defaultdict has the unknown factory {name!r}; the manifest is damaged.")
+                raise CorruptCheckpointError(
+                    f"a defaultdict has the unknown factory {name!r}; the manifest is damaged."
+                )
             return collections.defaultdict(FACTORIES[name] if name is not None else None)
         case _:
             return {}

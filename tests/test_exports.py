@@ -1,0 +1,101 @@
+"""What the package shows to the outside: its names, its types, and what importing it costs."""
+
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+from importlib.resources import files
+
+import pytest
+
+import shardckpt
+from shardckpt import errors
+
+EXPORTED = [
+    "Checkpointer",
+    "LoadReport",
+    "PendingSave",
+    "SaveReport",
+    "ShardedCheckpointIO",
+    "async_save",
+    "is_checkpoint",
+    "latest",
+    "load",
+    "read_tensor",
+    "save",
+]
+ERRORS = [
+    "CheckpointNotFoundError",
+    "ConflictingStateError",
+    "CorruptCheckpointError",
+    "LoadFailedError",
+    "ObjectExistsError",
+    "ObjectNotFoundError",
+    "RankTimeoutError",
+    "RemoteError",
+    "SaveFailedError",
+    "ShardckptError",
+    "StateMismatchError",
+    "StorageAccessError",
+    "StorageError",
+    "StorageFullError",
+    "UnsafeLoadError",
+    "UnserialisableError",
+    "UnsupportedFormatError",
+    "UsageError",
+]
+
+
+def test_exported_names_are_pinned() -> None:
+    """A name that users import neither appears nor disappears without somebody deciding it here."""
+    assert sorted(shardckpt.__all__) == sorted(EXPORTED + ERRORS)
+
+
+def test_all_is_sorted() -> None:
+    """Two branches that add a name meet in one place, and a reader finds a name."""
+    assert list(shardckpt.__all__) == sorted(shardckpt.__all__)
+
+
+def test_every_error_is_exported() -> None:
+    """Whatever we raise can be caught without reaching into our modules, and has our root."""
+    defined = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__
+    }
+    assert defined == set(ERRORS)
+    assert all(issubclass(getattr(errors, name), errors.ShardckptError) for name in ERRORS)
+
+
+@pytest.mark.parametrize("name", [*EXPORTED, *ERRORS])
+def test_every_exported_name_exists(name: str) -> None:
+    """No name is promised that an import would not find, those that are looked up late included."""
+    assert getattr(shardckpt, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """The late lookup of names does not swallow typing mistakes."""
+    with pytest.raises(AttributeError, match="asink_save"):
+        _ = shardckpt.asink_save  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("module", ["lightning", "pytorch_lightning", "s3fs", "botocore", "aiohttp", "obstore"])
+def test_import_stays_light(module: str) -> None:
+    """``import shardckpt`` works, and is quick, where Lightning and the S3 clients are not installed or not wanted."""
+    program = f"import sys, shardckpt; sys.exit({module!r} in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_types_are_shipped() -> None:
+    """Type checkers read our annotations only if the marker is part of the package."""
+    assert files("shardckpt").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("group", ["lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_factory"])
+def test_entry_points_resolve(group: str) -> None:
+    """Lightning finds the adapter through installed metadata: a renamed function would fail silently in training."""
+    found = [point for point in entry_points(group=group) if point.name == "shardckpt"]
+    assert len(found) == 1
+    assert callable(found[0].load())
+
+
+def test_version_is_the_installed_one() -> None:
+    """Manifests name the version that wrote them, so there is one source for it."""
+    assert shardckpt.__version__ == version("shardckpt")

@@ -1,0 +1,306 @@
+"""Staging memory and the copy into it."""
+
+import gc
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from shardckpt.errors import UsageError
+from shardckpt.staging import Block, Budget, Source, StagingPool, stage
+from shardckpt.staging.copying import _Filler
+from shardckpt.storage import BLOCK
+from shards import in_order, noise, raw, source
+
+
+@pytest.fixture
+def pool() -> Iterator[StagingPool]:
+    pool = StagingPool()
+    yield pool
+    pool.close()
+
+
+def staged(sources: list[Source], pool: StagingPool, *, limit: int | None = None, offset: int = 0) -> torch.Tensor:
+    """The stream that staging makes of `sources`; blocks are released as they come."""
+    parts: list[torch.Tensor] = []
+
+    def emit(block: Block) -> None:
+        parts.append(block.tensor[0 if parts else offset : block.filled].clone())
+        block.release()
+
+    stage(sources, pool, limit=limit, first_block_offset=offset, emit=emit)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def test_blocks_start_on_huge_pages(pool: StagingPool) -> None:
+    """Direct I/O and huge pages need the alignment, over several arenas too."""
+    blocks = [pool.take() for _ in range(40)]
+    assert {block.tensor.data_ptr() % (2 << 20) for block in blocks} == {0}
+    assert {len(block.memory) for block in blocks} == {BLOCK}
+    assert len({block.tensor.data_ptr() for block in blocks}) == 40
+    assert pool.nbytes == 40 * BLOCK
+
+
+def test_memory_and_tensor_are_the_same_bytes(pool: StagingPool) -> None:
+    """What is staged through the tensor is what is written through the memory."""
+    block = pool.take()
+    block.tensor[5] = 77
+    assert block.memory[5] == 77
+
+
+def test_blocks_are_reused(pool: StagingPool) -> None:
+    """The second save touches no new memory: page faults cost more than the copies."""
+    tensor = noise(3 * BLOCK, dtype=torch.uint8)
+    for _ in range(3):
+        staged([source("a", tensor)], pool)
+        assert pool.nbytes == BLOCK
+
+
+def test_reserve_touches_ahead(pool: StagingPool) -> None:
+    """After `prepare` a save finds all its memory present."""
+    pool.reserve(3 * BLOCK - 1)
+    assert pool.nbytes == 3 * BLOCK
+    assert len({id(pool.take()) for _ in range(3)}) == 3
+    assert pool.nbytes == 3 * BLOCK
+    pool.reserve(2 * BLOCK)
+    assert pool.nbytes == 3 * BLOCK
+
+
+@pytest.mark.parametrize("limit", [0, 1, BLOCK, 3 * BLOCK, 3 * BLOCK + 5])
+def test_budget_is_kept_and_always_lets_one_block_through(pool: StagingPool, limit: int) -> None:
+    """A limit bounds memory, and no limit is so small that nothing moves."""
+    budget = Budget(pool, limit)
+    allowed = max(1, limit // BLOCK)
+    blocks = [budget.acquire() for _ in range(allowed)]
+    assert budget.try_acquire() is None
+    blocks.pop().release()
+    assert budget.try_acquire() is not None
+    assert pool.nbytes == allowed * BLOCK
+
+
+def test_waiting_for_a_block_ends_with_its_release(pool: StagingPool) -> None:
+    """Staging resumes when the writer gives a block back."""
+    budget = Budget(pool, BLOCK)
+    block = budget.acquire()
+    threading.Timer(0.1, block.release).start()
+    start = time.monotonic()
+    budget.acquire().release()
+    assert 0.05 < time.monotonic() - start < 10
+
+
+def test_budgets_of_one_pool_are_independent(pool: StagingPool) -> None:
+    """A load doesn't wait for the memory that a save in the background holds."""
+    Budget(pool, BLOCK).acquire()
+    assert Budget(pool, BLOCK).try_acquire() is not None
+
+
+def test_closed_pool_refuses(pool: StagingPool) -> None:
+    """Using a closed Checkpointer is an error that says so, and blocks still out stay valid."""
+    block = Budget(pool, None).acquire()
+    pool.close()
+    pool.close()
+    with pytest.raises(UsageError, match="closed"):
+        pool.take()
+    block.tensor.fill_(1)
+    block.release()
+    assert pool.nbytes == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_forked_child_gets_a_clear_error(pool: StagingPool) -> None:
+    """The memory isn't in a child, where others may use its addresses: it is neither touched nor unmapped there."""
+    Budget(pool, None).acquire().release()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            pool.take()
+        except UsageError:
+            # Whatever the child maps now may get the addresses of the pool, which must survive the pool's end.
+            maps = [mmap.mmap(-1, 256 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(4)]
+            pool.close()
+            del pool
+            gc.collect()
+            for area in maps:
+                area[0] = area[-1] = 1
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pool.take() is not None
+
+
+def test_stream_is_the_sources_back_to_back(pool: StagingPool) -> None:
+    """Every layout of memory arrives as the elements in row-major order, small and large, over block boundaries."""
+    large = noise(1500, 2001)
+    sources = [
+        source("complex", noise(7, 3, dtype=torch.complex64).conj()),
+        source("negative", noise(5, dtype=torch.complex128).conj().imag),
+        source("transposed", large.t()),
+        source("large", large),
+        source("stepped", large[::3, 1::7]),
+        source("expanded", noise(1, 9).expand(4, 9)),
+        source("scalar", torch.tensor(4.5)),
+        source("one of many", noise(8)[3:4:2].as_strided((1, 1), (5, 2))),
+        source("empty", torch.empty(0, 3)),
+        source("parameter", torch.nn.Parameter(noise(33))),
+        source("channels", noise(2, 3, 4, 5).to(memory_format=torch.channels_last)),
+        source("half", noise(3_000_001, dtype=torch.bfloat16)),
+        source("bytes", noise(9_000_001, dtype=torch.uint8)),
+        source("bool", noise(11, dtype=torch.bool)),
+    ]
+    for offset in (0, 4096, BLOCK - 4096):
+        sources = in_order(sources)
+        expected = torch.cat([raw(item.tensor) for item in sources])
+        assert torch.equal(staged(sources, pool, offset=offset), expected)
+
+
+def test_unaligned_streams_are_right_too(pool: StagingPool) -> None:
+    """Strided tensors after an odd number of bytes can't be viewed in place; they are copied all the same."""
+    sources = [source("a", noise(3, dtype=torch.uint8)), source("b", noise(70, 90).t()), source("c", noise(9))]
+    assert torch.equal(staged(sources, pool), torch.cat([raw(item.tensor) for item in sources]))
+
+
+def test_blocks_end_on_the_grid(pool: StagingPool) -> None:
+    """Each block but the last is full, since the storage takes nothing else; an exact fit leaves no empty block."""
+    filled: list[int] = []
+
+    def emit(block: Block) -> None:
+        filled.append(block.filled)
+        block.release()
+
+    def fills(nbytes: int, offset: int) -> list[int]:
+        filled.clear()
+        tensor = torch.zeros(nbytes, dtype=torch.uint8)
+        stage([source("a", tensor)], pool, limit=None, first_block_offset=offset, emit=emit)
+        return list(filled)
+
+    assert fills(BLOCK + 1, 0) == [BLOCK, 1]
+    assert fills(2 * BLOCK - 4096, 4096) == [BLOCK, BLOCK]
+    assert fills(10, 4096) == [4106]
+    assert fills(0, 4096) == []
+
+
+def test_snapshot_is_finished_on_return(pool: StagingPool) -> None:
+    """What the training loop does after the call isn't in the checkpoint."""
+    tensor = noise(2 * BLOCK, dtype=torch.uint8)
+    expected = tensor.clone()
+    blocks: list[Block] = []
+    stage([source("a", tensor)], pool, limit=None, first_block_offset=0, emit=blocks.append)
+    tensor.zero_()
+    assert torch.equal(torch.cat([block.tensor[: block.filled] for block in blocks]), expected)
+
+
+def test_limit_makes_staging_wait(pool: StagingPool) -> None:
+    """A synchronous save of any size uses bounded memory."""
+    out: list[Block] = []
+    most = 0
+
+    def emit(block: Block) -> None:
+        nonlocal most
+        out.append(block)
+        most = max(most, len(out))
+        if len(out) == 2:
+            threading.Timer(0.01, out.pop().release).start()
+
+    stage(
+        [source("a", torch.zeros(9 * BLOCK, dtype=torch.uint8))], pool, limit=2 * BLOCK, first_block_offset=0, emit=emit
+    )
+    assert most == 2
+    assert pool.nbytes == 2 * BLOCK
+
+
+class FakeStream:
+    """What staging asks of a CUDA stream; its events remember how many were recorded when each was waited for."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.waits: list[tuple[int, int]] = []
+
+    def record_event(self) -> "FakeEvent":
+        self.recorded += 1
+        return FakeEvent(self, self.recorded)
+
+    def synchronize(self) -> None:
+        self.waits.append((self.recorded, self.recorded))
+
+
+class FakeEvent:
+    def __init__(self, stream: FakeStream, number: int) -> None:
+        self.stream = stream
+        self.number = number
+
+    def synchronize(self) -> None:
+        self.stream.waits.append((self.number, self.stream.recorded))
+
+
+@pytest.mark.parametrize(("limit", "ahead"), [(None, 1), (BLOCK, 0)])
+def test_device_copies_overlap(pool: StagingPool, limit: int | None, ahead: int) -> None:
+    """A block is emitted only after its copies; the next block's are queued before, unless memory allows but one."""
+    stream, emitted = FakeStream(), []
+
+    def emit(block: Block) -> None:
+        emitted.append((block.filled, list(stream.waits)))
+        block.release()
+
+    filler = _Filler(Budget(pool, limit), 0, emit, [stream])
+    filler.add(noise(3 * BLOCK + 5, dtype=torch.uint8), 3 * BLOCK + 5)
+    filler.finish()
+    assert [filled for filled, _ in emitted] == [BLOCK, BLOCK, BLOCK, 5]
+    assert [waits[-1] for _, waits in emitted] == [(number, min(number + ahead, 4)) for number in range(1, 5)]
+    filler.abandon()
+    assert pool.nbytes == BLOCK * (1 + ahead)
+
+
+def test_failed_emit_leaks_no_block(pool: StagingPool) -> None:
+    """After a failed save the pool is whole: its memory serves the next."""
+    seen = 0
+
+    def emit(block: Block) -> None:
+        nonlocal seen
+        seen += 1
+        block.release()
+        if seen == 2:
+            raise OSError("disk on fire")
+
+    for _ in range(3):
+        seen = 0
+        with pytest.raises(OSError, match="disk on fire"):
+            stage(
+                [source("a", torch.zeros(5 * BLOCK, dtype=torch.uint8))],
+                pool,
+                limit=BLOCK,
+                first_block_offset=0,
+                emit=emit,
+            )
+    assert pool.nbytes == BLOCK
+
+
+def test_failed_copy_leaks_no_block(pool: StagingPool) -> None:
+    """A tensor that can't be copied ends the save, and takes nothing with it."""
+    bad = torch.empty(64, 1 << 20, dtype=torch.uint8, device="meta")
+    for _ in range(3):
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            stage(
+                [source("a", torch.zeros(100)), source("b", bad)],
+                pool,
+                limit=BLOCK,
+                first_block_offset=0,
+                emit=Block.release,
+            )
+    assert pool.nbytes == BLOCK
+
+
+def test_many_small_tensors_are_fast(pool: StagingPool) -> None:
+    """Optimizers have thousands of small tensors; each may cost microseconds of the training loop, not more."""
+    tensors = [torch.randn(1024) for _ in range(20_000)]
+    sources = [source(str(number), tensor) for number, tensor in enumerate(tensors)]
+    pool.reserve(BLOCK)
+    start = time.thread_time()
+    stage(sources, pool, limit=BLOCK, first_block_offset=0, emit=Block.release)
+    assert time.thread_time() - start < 1.0
