@@ -22,7 +22,7 @@ from shardckpt.manifest import (
 )
 from shardckpt.reader import Target
 from shardckpt.safetensors_format import entry_key
-from shardckpt.staging import Source, StagingPool, stage
+from shardckpt.staging import Source, StagingPool, copyable, stage
 from shardckpt.storage import Storage
 from shardckpt.writer import ShardWriter, WrittenShard
 
@@ -80,7 +80,7 @@ def write_shard(
 
 def publish(storage: Storage, ranks: Sequence[RankManifest], shapes: Mapping[str, Sequence[int]]) -> Manifest:
     """Put the manifests of all ranks, and return the one of the checkpoint."""
-    files = []
+    files: list[FileEntry] = []
     tensors: dict[str, TensorEntry] = {}
     for rank in ranks:
         data = encode(rank)
@@ -120,8 +120,8 @@ def whole(fqn: str, tensor: torch.Tensor) -> Target:
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor's elements: equal also where NaNs aren't."""
-    plain = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-    return plain.view(-1).view(torch.uint8)
+    elements = copyable(tensor.detach())
+    return torch.empty(elements.shape, dtype=elements.dtype).copy_(elements).view(-1).view(torch.uint8)
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

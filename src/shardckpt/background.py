@@ -122,9 +122,8 @@ class Background:
         """Raise UsageError in a forked child."""
         if not self.belongs_here():
             raise UsageError(
-                "this Checkpointer was made in a parent process and cannot be used in a forked child. Use the spawn "
-                "start"
-                " method, or make a new Checkpointer in the child."
+                "this Checkpointer was made in a parent process and cannot be used in a forked child. Use the spawn"
+                " start method, or make a new Checkpointer in the child."
             )
 
     def _run(self) -> None:

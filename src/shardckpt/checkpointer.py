@@ -158,7 +158,16 @@ class Checkpointer:
                 placing.word = save_id.encode()
         pending = PendingSave(place, placing.heard[0].decode())
         order = saving.Order(
-            pending, operation, storage, structure, flat.skeleton, flat.objects, previous, self._commit_timeout, times
+            pending=pending,
+            operation=operation,
+            storage=storage,
+            structure=structure,
+            skeleton=flat.skeleton,
+            objects=flat.objects,
+            previous=previous,
+            commit_timeout=self._commit_timeout,
+            times=times,
+            owner=self._background,
         )
         if source is None:
             self._last = self._write(order, saving.sources(structure.plan, flat), memory)

@@ -109,9 +109,8 @@ def _why_not(path: str, storage: Storage) -> str:
         return f"there is no checkpoint at {path}: nothing is there."
     if any(mf.is_checkpoint_file(name) for name in files):
         return (
-            f"there is no complete checkpoint at {path}: it has shards but no {MANIFEST}, so its save was cut short "
-            f"or is"
-            " still running."
+            f"there is no complete checkpoint at {path}: it has shards but no {MANIFEST}, so its save was cut short or"
+            " is still running."
         )
     return f"there is no checkpoint at {path}: it has no {MANIFEST}."
 
@@ -166,9 +165,8 @@ def open_place(storage: Storage, save_id: str, nbytes: int) -> Found | None:
     free = storage.free_bytes()
     if free is not None and free < nbytes:
         raise StorageFullError(
-            f"{storage.url} has {free:,} bytes free and this checkpoint needs {nbytes:,}. Nothing was written; free "
-            f"some"
-            " space, or save elsewhere."
+            f"{storage.url} has {free:,} bytes free and this checkpoint needs {nbytes:,}. Nothing was written; free"
+            " some space, or save elsewhere."
         )
     try:
         previous = find(storage)
@@ -198,9 +196,8 @@ def get_rank_manifest(storage: Storage, entry: FileEntry) -> RankManifest:
         data = storage.get(entry.manifest)
     except ObjectNotFoundError as error:
         raise SaveFailedError(
-            f"{entry.manifest} was written by its rank but cannot be seen by rank 0 at {storage.url}. All ranks "
-            f"must save to"
-            " one shared file system or object store; a node's own disk is not one."
+            f"{entry.manifest} was written by its rank but cannot be seen by rank 0 at {storage.url}. All ranks must"
+            " save to one shared file system or object store; a node's own disk is not one."
         ) from error
     if len(data) != entry.manifest_size or digests_text([digest(data)]) != entry.manifest_digest:
         raise CorruptCheckpointError(f"{storage.url}/{entry.manifest} does not hold what its rank wrote there.")
@@ -266,9 +263,8 @@ def publish(storage: Storage, manifest: Manifest, previous: Found | None) -> Non
     current = find_bytes(storage)
     if current != (previous.data if previous is not None else None):
         raise SaveFailedError(
-            f"another save was committed to {storage.url} while this one was running; that one stands. Two jobs "
-            f"must not"
-            " save to one path."
+            f"another save was committed to {storage.url} while this one was running; that one stands. Two jobs must"
+            " not save to one path."
         )
     data = mf.encode(manifest)
     try:

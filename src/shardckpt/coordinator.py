@@ -10,6 +10,7 @@ Each call carries its name, so a rank that makes another one is told what the ot
 
 import datetime
 import itertools
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,11 +26,15 @@ from shardckpt.errors import ConflictingStateError, RankTimeoutError, ShardckptE
 _GRACE_SECONDS: Final = 20.0
 """How much longer the other ranks wait than rank 0, so that they hear from it who was missing."""
 
+_FIRST_PAUSE_SECONDS: Final = 0.0005
+_LONGEST_PAUSE_SECONDS: Final = 0.05
+
 
 class _Word(msgspec.Struct, array_like=True):
     """What one rank says at one point of an operation."""
 
     call: str
+    rank: int
     payload: bytes = b""
     error: str | None = None
     message: str = ""
@@ -56,8 +61,8 @@ class Operation(Protocol):
     def hear(self, point: str, timeout: float) -> bytes:
         """Other ranks: what rank 0 announced at ``point``, raising if that is an error."""
 
-    def in_background(self) -> "Operation":
-        """The same operation over a connection of its own."""
+    def in_background(self, owner: object) -> "Operation":
+        """The same operation over the connection that belongs to the background thread of ``owner``."""
 
 
 def begin(call: str, *, timeout: float) -> Operation:
@@ -136,11 +141,17 @@ class _SoloOperation:
     def hear(self, point: str, timeout: float) -> bytes:  # noqa: ARG002 - the signature is Operation's
         raise AssertionError("rank 0 announces; it does not hear")
 
-    def in_background(self) -> "_SoloOperation":
+    def in_background(self, owner: object) -> "_SoloOperation":  # noqa: ARG002 - the signature is Operation's
         return self
 
 
 class _StoreOperation:
+    """Words are keys of the Store: ``<operation>/<point>/<rank>``, and ``.../all`` for what rank 0 announces.
+
+    Each rank removes its own key once rank 0 has answered, and the last to hear an answer removes that, so the Store
+    does not grow with the number of saves.
+    """
+
     def __init__(self, store: Any, prefix: str, call: str, rank: int, world_size: int, timeout: float) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -149,12 +160,12 @@ class _StoreOperation:
         self._call = call
         self._timeout = timeout
 
-    def in_background(self) -> "_StoreOperation":
-        return _StoreOperation(_clone(self._store), self._prefix, self._call, self.rank, self.world_size, self._timeout)
+    def in_background(self, owner: object) -> "_StoreOperation":
+        store = _connection_of(owner, self._store)
+        return _StoreOperation(store, self._prefix, self._call, self.rank, self.world_size, self._timeout)
 
     def agree(self, point: str, word: bytes | Exception) -> list[bytes]:
         self.post(point, word)
-        own = word if isinstance(word, Exception) else None
         try:
             if self.rank != 0:
                 return msgspec.msgpack.decode(self.hear(point, self._timeout), type=list[bytes])
@@ -166,105 +177,120 @@ class _StoreOperation:
             self.announce(point, msgspec.msgpack.encode(words))
             return words
         except ShardckptError:
-            if own is not None:
+            if isinstance(word, Exception):
                 # The rank that failed has the error itself, with its traceback; the others have its words.
-                raise own from None
+                raise word from None
             raise
 
     def post(self, point: str, word: bytes | Exception) -> None:
-        self._set(f"{point}/{self.rank}", word)
+        said = self._encoded(word)
+        if isinstance(word, Exception):
+            # Rank 0 need not wait for the others to know how this ends.
+            self._ask("set", self._key(point, "failed"), said)
+        self._ask("set", self._key(point, self.rank), said)
 
     def announce(self, point: str, word: bytes | Exception) -> None:
-        self._set(f"{point}/all", word)
+        self._ask("set", self._key(point, "all"), self._encoded(word))
+        self._ask("delete_key", self._key(point, self.rank))
 
     def collect(self, point: str, timeout: float) -> list[bytes]:
-        keys = [self._key(f"{point}/{rank}") for rank in range(self.world_size)]
-        self._wait(keys, point, timeout, [f"rank {rank}" for rank in range(self.world_size)])
-        words = [
-            msgspec.msgpack.decode(word, type=_Word) for word in self._guarded(lambda: self._store.multi_get(keys))
-        ]
-        for key in keys:
-            self._guarded(lambda key=key: self._store.delete_key(key))
+        keys = [self._key(point, rank) for rank in range(self.world_size)]
+        failed = self._key(point, "failed")
+        deadline = time.monotonic() + timeout
+        pause = _FIRST_PAUSE_SECONDS
+        # Asking again and again, by one rank, lets a failure end the wait; `Store.wait` can only wait for all keys.
+        while not self._ask("check", keys):
+            if self._ask("check", [failed]):
+                word = msgspec.msgpack.decode(self._ask("get", failed), type=_Word)
+                self._ask("delete_key", failed)
+                raise _error_from(word)
+            if time.monotonic() > deadline:
+                silent = [f"rank {rank}" for rank, key in enumerate(keys) if not self._ask("check", [key])]
+                raise self._timed_out(silent, point, timeout)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        words = [msgspec.msgpack.decode(word, type=_Word) for word in self._ask("multi_get", keys)]
         self._check_calls([word.call for word in words])
-        for rank, word in enumerate(words):
+        for word in words:
             if word.error is not None:
-                raise _error_from(word, rank)
+                self._ask("delete_key", failed)
+                raise _error_from(word)
         return [word.payload for word in words]
 
     def hear(self, point: str, timeout: float) -> bytes:
-        key = self._key(f"{point}/all")
-        self._wait([key], point, timeout + _GRACE_SECONDS, ["rank 0"])
-        word = msgspec.msgpack.decode(self._guarded(lambda: self._store.get(key)), type=_Word)
-        heard = self._guarded(lambda: self._store.add(key + "/heard", 1))
-        if heard == self.world_size - 1:
-            for spent in (key, key + "/heard"):
-                self._guarded(lambda spent=spent: self._store.delete_key(spent))
+        key = self._key(point, "all")
+        try:
+            self._store.wait([key], datetime.timedelta(seconds=timeout + _GRACE_SECONDS))
+        except RuntimeError as error:
+            if not self._ask("check", [key]):
+                raise self._timed_out(["rank 0"], point, timeout + _GRACE_SECONDS) from error
+        word = msgspec.msgpack.decode(self._ask("get", key), type=_Word)
+        self._ask("delete_key", self._key(point, self.rank))
+        if self._ask("add", key + "/heard", 1) == self.world_size - 1:
+            self._ask("delete_key", key)
+            self._ask("delete_key", key + "/heard")
         if word.error is not None:
-            raise _error_from(word, None)
+            raise _error_from(word, announced=True)
         return word.payload
 
-    def _key(self, name: str) -> str:
-        return f"{self._prefix}/{name}"
+    def _key(self, point: str, who: int | str) -> str:
+        return f"{self._prefix}/{point}/{who}"
 
-    def _set(self, name: str, word: bytes | Exception) -> None:
-        said = (
-            _Word(self._call, word)
-            if not isinstance(word, Exception)
-            else _Word(self._call, error=type(word).__name__, message=str(word) or repr(word))
-        )
-        self._guarded(lambda: self._store.set(self._key(name), msgspec.msgpack.encode(said)))
+    def _encoded(self, word: bytes | Exception) -> bytes:
+        if isinstance(word, Exception):
+            return msgspec.msgpack.encode(
+                _Word(self._call, self.rank, error=type(word).__name__, message=str(word) or repr(word))
+            )
+        return msgspec.msgpack.encode(_Word(self._call, self.rank, word))
 
-    def _wait(self, keys: list[str], point: str, timeout: float, who: list[str]) -> None:
+    def _ask(self, method: str, *arguments: Any) -> Any:
         try:
-            self._store.wait(keys, datetime.timedelta(seconds=timeout))
-        except RuntimeError as error:
-            silent = [
-                name
-                for key, name in zip(keys, who, strict=True)
-                if not self._guarded(lambda key=key: self._store.check([key]))
-            ]
-            if not silent:
-                return
-            raise RankTimeoutError(
-                f"{_listed(silent)} did not reach {self._call} (point {point!r}) within {timeout:.0f} s, while rank "
-                f"{self.rank}"
-                " waited there. Every rank must make this call; if all do, look at the silent rank's log for why it "
-                "is slow"
-                " or dead, or raise the timeout."
-            ) from error
-
-    def _guarded(self, action: Any) -> Any:
-        try:
-            return action()
+            return getattr(self._store, method)(*arguments)
         except RuntimeError as error:
             raise RankTimeoutError(
                 f"lost contact with the process group's store during {self._call}: {error}. The process that hosts it,"
                 " usually rank 0's or the launcher's, has probably died."
             ) from error
 
+    def _timed_out(self, silent: list[str], point: str, timeout: float) -> RankTimeoutError:
+        return RankTimeoutError(
+            f"{_listed(silent)} did not reach {self._call} (point {point!r}) within {timeout:.0f} s, while rank"
+            f" {self.rank} waited there. Every rank must make this call; if all do, look at the silent rank's log for"
+            " why it is slow or dead, or raise the timeout."
+        )
+
     def _check_calls(self, calls: Sequence[str]) -> None:
         if len(set(calls)) > 1:
             said = "; ".join(f"rank {rank} called {call}" for rank, call in enumerate(calls))
             raise ConflictingStateError(
-                f"ranks made different calls: {said}. Every rank makes the same calls with the same path in the "
-                f"same order."
+                f"ranks made different calls: {said}. Every rank makes the same calls, with the same path, in the same"
+                " order."
             )
 
 
-def _clone(store: Any) -> Any:
-    if hasattr(store, "clone"):
-        return store.clone()
-    return store  # before torch 2.9 stores have no clone; waits then share the connection
+_connections: "weakref.WeakKeyDictionary[object, tuple[Any, Any]]" = weakref.WeakKeyDictionary()
+"""By owner: a Store, and the clone of it that the owner's background thread uses."""
+
+
+def _connection_of(owner: object, store: Any) -> Any:
+    """The connection of one background thread, made once: two threads that wait on one would wait for each other."""
+    known = _connections.get(owner)
+    if known is None or known[0]() is not store:
+        # The Store of an older torch has no clone; a background wait then keeps the foreground waiting.
+        clone = store.clone() if hasattr(store, "clone") else store
+        known = _connections[owner] = (weakref.ref(store), clone)
+    return known[1]
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _error_from(word: _Word, rank: int | None) -> ShardckptError:
+def _error_from(word: _Word, *, announced: bool = False) -> ShardckptError:
     """An error that another rank met, as this rank raises it: of the same class where it is one of ours."""
     kind = getattr(errors, word.error or "", None)
-    message = word.message if rank is None or word.message.startswith("rank ") else f"rank {rank}: {word.message}"
+    # What rank 0 announces names the rank already, unless it speaks of itself or of all.
+    message = word.message if announced or word.message.startswith("rank ") else f"rank {word.rank}: {word.message}"
     if isinstance(kind, type) and issubclass(kind, ShardckptError):
         return kind(message)
-    return errors.RemoteError(message if word.error is None else f"{message} [{word.error}]")
+    return errors.RemoteError(f"{message} [{word.error}]")

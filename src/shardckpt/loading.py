@@ -175,10 +175,9 @@ class OpenCheckpoint:
                         f"{self.path}: the object at {path!r} cannot be unpickled: {error}"
                     ) from error
                 raise UnsafeLoadError(
-                    f"{self.path} holds a pickled object at {path!r}, and weights_only forbids to load it: "
-                    f"unpickling runs"
-                    f" code. If you trust whoever wrote it, pass weights_only=False. Nothing was changed. "
-                    f"({_first_line(error)})"
+                    f"{self.path} holds a pickled object at {path!r}, and weights_only forbids to load it: unpickling"
+                    " runs code. If you trust whoever wrote it, pass weights_only=False. Nothing was changed."
+                    f" ({_first_line(error)})"
                 ) from error
             except (AttributeError, ImportError) as error:
                 raise LoadFailedError(

@@ -138,9 +138,8 @@ def _hint(plans: Sequence[ShardPlan], digests: Sequence[bytes], decoded: dict[by
     nbytes = sum(item.nbytes for item in plans[0].items if item.fqn in whole)
     if nbytes >= _HINT_BYTES:
         log.info(
-            "rank 0 writes %d MiB of tensors that the other ranks hold too, because they may differ by rank. If "
-            "they are"
-            " equal everywhere, `replicated=True`, or patterns of their names, shares the work.",
+            "rank 0 writes %d MiB of tensors that the other ranks hold too, because they may differ by rank. If they"
+            " are equal everywhere, `replicated=True`, or patterns of their names, shares the work.",
             nbytes >> 20,
         )
 
@@ -210,6 +209,8 @@ class Order:
     """On rank 0: the commit record that this save may replace."""
     commit_timeout: float
     times: Times
+    owner: object
+    """Of the background thread that runs the job."""
 
     def report(self, verdict: bytes, *, rank_nbytes: int, alias: bool) -> SaveReport:
         """What the caller hears of a save that was committed; ``verdict`` is the size of all shards, as rank 0 said
@@ -248,7 +249,7 @@ class SaveJob:
         except Exception as error:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
             word = error
         try:
-            verdict = settle(order.operation.in_background(), word, order.commit_timeout, self._conclude)
+            verdict = settle(order.operation.in_background(order.owner), word, order.commit_timeout, self._conclude)
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
             # Whoever never heard the verdict must not remove files that rank 0 may just be committing.
             unheard = isinstance(error, RankTimeoutError) and rank != 0 and not isinstance(word, Exception)
@@ -261,7 +262,8 @@ class SaveJob:
     def _write(self) -> FileEntry:
         order = self.order
         rank, save_id = order.operation.rank, order.pending.save_id
-        if rank != 0:
+        if rank != 0 and not order.storage.list():
+            # Rank 0 has left a marker there, but a network file system may be slow to show it.
             order.storage.prepare()
         manifest = self._writer.run().manifest
         if order.structure.speaks:
@@ -305,7 +307,7 @@ class AliasJob:
         try:
             if not source.succeeded():
                 raise SaveFailedError(f"the save to {source.path}, whose shards it shares, failed.")
-            verdict = settle(order.operation.in_background(), b"", order.commit_timeout, self._conclude)
+            verdict = settle(order.operation.in_background(order.owner), b"", order.commit_timeout, self._conclude)
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
             if order.operation.rank == 0 and self.committed is None:
                 commit.abandon(order.storage, order.pending.save_id, [0], also=self._linked)

@@ -20,7 +20,7 @@ from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, Unsupp
 from shardckpt.manifest import FileEntry, RankManifest, ShardEntry, TensorEntry, decode_rank_manifest
 from shardckpt.reader.fetch import PAGE, Extent, Run, cells_of, union
 from shardckpt.reader.place import Placement
-from shardckpt.staging import Block
+from shardckpt.staging import Block, copyable
 from shardckpt.storage import BLOCK, Storage
 
 MAX_CELL: Final = BLOCK - PAGE
@@ -118,7 +118,7 @@ class Piece:
         if self.offset % self._itemsize and not self._compressed:
             # We write every entry aligned; whoever else wrote this one did not.
             raw = raw.clone()
-        elements = raw.view(self._torch_dtype)
+        elements = copyable(raw.view(self._torch_dtype))
         for placement in self.placements:
             placement.copy(elements, first_cell * DIGEST_BLOCK // self._itemsize)
 

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import torch
 
 from shardckpt.box import Box
-from shardckpt.codecs import DTYPE_NAMES, digest, digests_text
+from shardckpt.codecs import DTYPE_NAMES, digest, digests_text, torch_dtype
 from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StateMismatchError, UsageError
 from shardckpt.manifest import Manifest
 from shardckpt.planner import ReadItem, Wanted, plan_load
@@ -163,6 +163,12 @@ def _check_target(manifest: Manifest, target: Target, convert_dtype: bool) -> No
         raise StateMismatchError(
             f"tensor {target.fqn!r} is {tensor.dtype} in the checkpoint and {dtype} here, which would lose half of it"
         )
+    try:
+        torch.empty(1, dtype=torch_dtype(tensor.dtype)).to(target.tensor.dtype)
+    except NotImplementedError as error:
+        raise StateMismatchError(
+            f"tensor {target.fqn!r} is {tensor.dtype} in the checkpoint and {dtype} here: torch can't convert that"
+        ) from error
 
 
 def _open(stats: ReadStats, file: ShardFile) -> None:

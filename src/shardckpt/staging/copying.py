@@ -18,6 +18,16 @@ from shardckpt.storage import BLOCK
 SMALL: Final = 256 << 10
 """Bytes below which contiguous tensors are copied together: calls would cost more than the copies."""
 
+_FLOAT4: Final[torch.dtype | None] = getattr(torch, "float4_e2m1fn_x2", None)
+
+
+def copyable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements in a dtype of the same size that torch can copy between memory layouts.
+
+    Tried with torch 2.13: ``copy_`` isn't implemented for float4, and is for every other dtype that we store.
+    """
+    return tensor.view(torch.uint8) if tensor.dtype is _FLOAT4 else tensor
+
 
 class Source(NamedTuple):
     """One entry of this rank's shard and where its elements are now."""
@@ -139,6 +149,7 @@ class _Filler:
     def _add_elements(self, tensor: torch.Tensor) -> None:
         """Append a tensor whose memory isn't in the order or of the form that is stored: convert while copying."""
         self._gather()
+        tensor = copyable(tensor)
         itemsize, count, done = tensor.element_size(), tensor.numel(), 0
         while done < count:
             window, at = self._window()

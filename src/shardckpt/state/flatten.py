@@ -267,9 +267,9 @@ class _Flattener:
             torch.save(value, buffer)
         except Exception as error:  # pickle runs the object's own code, which may raise anything
             raise UnserialisableError(
-                f"the value at {path or 'the root'!r} is a {type(value).__module__}.{type(value).__qualname__}, "
-                f"which is neither"
-                f" plain nor picklable: {error}. Take it out of the state, or give it state_dict/load_state_dict."
+                f"the value at {path or 'the root'!r} is a {type(value).__module__}.{type(value).__qualname__}, which"
+                f" is neither plain nor picklable: {error}. Take it out of the state, or give it"
+                " state_dict/load_state_dict."
             ) from error
         self.result.objects[path] = buffer.getvalue()
         self._note("p", path)

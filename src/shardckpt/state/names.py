@@ -89,9 +89,9 @@ def clean_names(module: nn.Module, names: list[str]) -> dict[str, str]:
                 name = (parent + "." if parent else "") + name[len(prefix) :]
         if name in taken:
             raise UsageError(
-                f"{taken[name]!r} and {raw!r} of {type(module).__name__} are both called {name!r} once wrapper "
-                f"prefixes are"
-                " removed. Rename one of them, or save the two modules under different keys of the state."
+                f"{taken[name]!r} and {raw!r} of {type(module).__name__} are both called {name!r} once wrapper"
+                " prefixes are removed. Rename one of them, or save the two modules under different keys of the"
+                " state."
             )
         taken[name] = raw
         cleaned[raw] = name
