@@ -11,14 +11,13 @@ import torch
 import shardckpt
 from shardckpt.box import Box, full_box
 from shardckpt.codecs import DTYPE_NAMES, ITEMSIZE, digest, digests_text
+from shardckpt.filenames import rank_manifest_name, shard_name
 from shardckpt.manifest import (
     FileEntry,
     Manifest,
     RankManifest,
     TensorEntry,
     encode,
-    rank_manifest_name,
-    shard_name,
 )
 from shardckpt.reader import Target
 from shardckpt.safetensors_format import entry_key

@@ -15,8 +15,10 @@ import shardckpt
 PACKAGE = Path(shardckpt.__file__).parent
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "box", "workers", "reports"}),
-    frozenset({"storage", "codecs", "safetensors_format", "sharing", "manifest", "coordinator", "background"}),
+    frozenset({"errors", "box", "workers", "reports", "filenames"}),
+    frozenset(
+        {"storage", "codecs", "safetensors_format", "sharing", "manifest", "coordinator", "background", "options"}
+    ),
     frozenset({"state", "planner"}),
     frozenset({"staging"}),
     frozenset({"writer", "reader"}),

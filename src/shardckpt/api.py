@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from shardckpt.background import PendingSave
-from shardckpt.checkpointer import Checkpointer, Compression, Path
+from shardckpt.checkpointer import Checkpointer
 from shardckpt.loading import MapLocation
+from shardckpt.options import Compression, Path
 from shardckpt.reports import SaveReport
 
 _engines: dict[tuple[Any, ...], Checkpointer] = {}

@@ -53,6 +53,11 @@ class PendingSave:
         assert self._report is not None
         return self._report
 
+    @property
+    def told(self) -> bool:
+        """Whether somebody has been told of the failure."""
+        return self._reported
+
     def succeeded(self) -> bool:
         """Whether the save is over and committed."""
         return self._finished.is_set() and self._error is None

@@ -3,35 +3,31 @@
 Save: flatten → plan → stage → write → commit. Load: manifest → plan → read → place.
 """
 
-import os
+import logging
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 
-from shardckpt import commit, coordinator, loading, saving
-from shardckpt import manifest as mf
+from shardckpt import commit, coordinator, filenames, loading, options, saving
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, turn
-from shardckpt.errors import ShardckptError, UsageError
+from shardckpt.errors import RankTimeoutError, ShardckptError
 from shardckpt.loading import MapLocation, OpenCheckpoint
+from shardckpt.options import Compression, Path
 from shardckpt.reports import SaveReport
-from shardckpt.saving import AliasJob, Opening, SaveJob, Structure
-from shardckpt.staging import Source, StagingPool, stage
+from shardckpt.saving import AliasJob, Job, Opening, SaveJob, Structure
+from shardckpt.staging import StagingPool, stage
 from shardckpt.state import Flattened, flatten
 from shardckpt.storage import open_storage
 from shardckpt.writer import ShardWriter
 
-Compression = Literal["zstd"] | tuple[Literal["zstd"], int] | None
-Path = str | os.PathLike[str]
+log = logging.getLogger(__name__)
 
 SYNC_MEMORY: Final = 256 << 20
 """Bytes of staging memory that a synchronous save uses: it need not hold the whole shard."""
-
-_DEFAULT_LEVEL: Final = 1
-"""zstd's level where none is named: checkpoints are written often, and noise compresses no better at higher ones."""
 
 _RESTARTS: Final = 3
 """How often a load starts over because the checkpoint was overwritten while it read."""
@@ -73,16 +69,17 @@ class Checkpointer:
         alone: bool = False,
     ) -> None:
         self._storage_options = dict(storage_options or {})
-        self._codec = _codec(compression)
-        self._replicated = replicated
-        self._include, self._exclude = include, exclude
-        self._staging_limit = _positive("staging_limit", staging_limit)
-        self._timeout = _positive("timeout", timeout)
-        self._commit_timeout = _positive("commit_timeout", commit_timeout)
+        self._codec = options.codec(compression)
+        self._replicated = replicated if isinstance(replicated, bool) else options.patterns("replicated", replicated)
+        self._include = None if include is None else options.patterns("include", include)
+        self._exclude = None if exclude is None else options.patterns("exclude", exclude)
+        self._staging_limit = None if staging_limit is None else options.positive("staging_limit", staging_limit)
+        self._timeout = options.positive("timeout", timeout)
+        self._commit_timeout = options.positive("commit_timeout", commit_timeout)
         self._alone = alone
         self._pool = StagingPool()
         self._background = Background()
-        self._last: SaveJob | AliasJob | None = None
+        self._last: Job | None = None
         self._pending: list[PendingSave] = []
         self._version: Hashable | None = None
         self._structure: Structure | None = None
@@ -136,7 +133,7 @@ class Checkpointer:
         times = saving.Times(time.monotonic(), [])
         place = commit.checkpoint_path(path)
         operation = self._begin(f"save({place!r})")
-        may_alias = state_version is not None and state_version == self._version and self._last is not None
+        may_alias = state_version is not None and state_version == self._version and self._can_share()
         with turn(operation, "open") as opening:
             if not may_alias:
                 self._drain()
@@ -145,13 +142,14 @@ class Checkpointer:
             known = self._structure.key if self._structure is not None else ""
             opening.word = msgspec.msgpack.encode(Opening(flat.structure, flat.outline, known, may_alias))
         openings = [msgspec.msgpack.decode(word, type=Opening) for word in opening.heard]
-        source = self._last if self._can_alias(openings) else None
+        source = self._last if saving.may_share(openings, self._structure) else None
         structure = self._agreed_structure(operation, flat, openings)
-        with turn(operation, "place") as placing:
-            previous = None
-            if may_alias and source is None:
-                # This rank could have shared the last save's shards, but another could not.
+        if any(opening.may_alias for opening in openings) and source is None:
+            # Some ranks could have shared the last save's shards, but not all.
+            with turn(operation, "drain"):
                 self._drain()
+        previous = None
+        with turn(operation, "place") as placing:
             if operation.rank == 0:
                 save_id = commit.new_save_id()
                 previous = commit.open_place(storage, save_id, structure.nbytes if source is None else 0)
@@ -170,7 +168,7 @@ class Checkpointer:
             owner=self._background,
         )
         if source is None:
-            self._last = self._write(order, saving.sources(structure.plan, flat), memory)
+            self._last = self._write(order, flat, memory)
         else:
             self._last = AliasJob(order, source)
             pending.mark_staged()
@@ -179,13 +177,12 @@ class Checkpointer:
         times.stall.append(time.monotonic() - times.called)
         return pending
 
-    def _can_alias(self, openings: Sequence[Opening]) -> bool:
-        return (
-            all(opening.may_alias for opening in openings)
-            and self._structure is not None
-            and saving.structure_key(openings) == self._structure.key
-            and len({opening.outline for opening in openings}) == 1
-        )
+    def _can_share(self) -> bool:
+        """Whether the shards of the last save are there, or still to come."""
+        if self._last is None:
+            return False
+        pending = self._last.order.pending
+        return not pending.done() or (pending.succeeded() and self._last.is_there())
 
     def _agreed_structure(self, operation: Operation, flat: Flattened, openings: Sequence[Opening]) -> Structure:
         """The plan of the last save, if every rank still has it and nothing has changed; else a new one."""
@@ -195,12 +192,18 @@ class Checkpointer:
             self._structure = saving.agree_on_structure(operation, flat, openings)
         return self._structure
 
-    def _write(self, order: saving.Order, sources: Sequence[Source], memory: int | None) -> SaveJob:
+    def _write(self, order: saving.Order, flat: Flattened, memory: int | None) -> SaveJob:
         """Start the background half of a save, and stage this rank's part for it."""
         save_id, rank = order.pending.save_id, order.operation.rank
-        writer = ShardWriter(
-            order.storage, mf.shard_name(rank, save_id), save_id, rank, sources, pool=self._pool, codec=self._codec
-        )
+        name = filenames.shard_name(rank, save_id)
+        try:
+            sources = saving.sources(order.structure.plan, flat)
+            writer = ShardWriter(order.storage, name, save_id, rank, sources, pool=self._pool, codec=self._codec)
+        except Exception as error:  # noqa: BLE001 - the others are under way: this rank has to join them and say so
+            job = SaveJob(order, error)
+            self._submit(job)
+            order.pending.mark_staged()
+            return job
         job = SaveJob(order, writer)
         self._submit(job)
         try:
@@ -215,7 +218,7 @@ class Checkpointer:
         order.pending.mark_staged()
         return job
 
-    def _submit(self, job: SaveJob | AliasJob) -> None:
+    def _submit(self, job: Job) -> None:
         self._pending.append(job.order.pending)
         self._background.submit(job.run)
 
@@ -257,7 +260,10 @@ class Checkpointer:
                     weights_only=weights_only,
                     convert_dtype=convert_dtype,
                 )
-            except ShardckptError as error:
+            except RankTimeoutError:
+                raise
+            except Exception as error:
+                # All ranks come here if one does, though each with an error of its own.
                 if attempt + 1 == _RESTARTS or not self._overwritten(opened, error):
                     raise
         raise AssertionError("the last attempt returns or raises")
@@ -274,7 +280,7 @@ class Checkpointer:
         manifest = loading.read_manifest(place, storage, options, operation)
         return OpenCheckpoint(place, manifest, storage, pool=self._pool, begin=self._begin)
 
-    def _overwritten(self, opened: OpenCheckpoint, error: ShardckptError) -> bool:
+    def _overwritten(self, opened: OpenCheckpoint, error: Exception) -> bool:
         operation = self._begin(f"reload({opened.path!r})")
         with turn(operation, "overwritten") as looked:
             if operation.rank == 0:
@@ -289,22 +295,23 @@ class Checkpointer:
         While a save is in flight, the removal waits for it in the background, and is dropped if it fails: the last good
         checkpoint is not removed before the one that replaces it is committed. A symbolic link is unlinked.
         """
+        self._background.check_fork()
         storage = open_storage(commit.checkpoint_path(path), self._options(storage_options))
-        waiting_for = [pending for pending in self._pending if not pending.done()]
-        if not self._background.busy:
+        if self._last is not None and self._last.order.storage.url == storage.url:
+            self._version = None  # nothing will be left to share
+        waiting_for = [pending for pending in self._pending if not pending.told]
+        if not self._background.busy and all(pending.succeeded() for pending in waiting_for):
             commit.remove(storage)
             return
 
         def job() -> None:
             if not all(pending.succeeded() for pending in waiting_for):
-                saving.log.warning(
-                    "%s was to be removed, but is kept: the save that was to replace it failed", storage.url
-                )
+                log.warning("%s was to be removed, but is kept: the save that was to replace it failed", storage.url)
                 return
             try:
                 commit.remove(storage)
             except ShardckptError as error:
-                saving.log.warning("could not remove %s: %s", storage.url, error)
+                log.warning("could not remove %s: %s", storage.url, error)
 
         self._background.submit(job)
 
@@ -312,12 +319,9 @@ class Checkpointer:
         """Allocate and touch, in the background, the memory that saving ``state`` will need. Costs nothing but
         memory.
         """
+        self._background.check_fork()
         flat = flatten(state, replicated=self._replicated, include=self._include, exclude=self._exclude)
-        _, world_size = coordinator.rank_and_world_size()
-        nbytes = 0
-        for leaf in flat.tensors.values():
-            held = sum(view.numel() * view.element_size() for view in leaf.views)
-            nbytes += held // world_size if leaf.split and not self._alone else held
+        nbytes = saving.bytes_to_stage(flat, 1 if self._alone else coordinator.rank_and_world_size()[1])
         wanted = nbytes if self._staging_limit is None else min(nbytes, self._staging_limit)
         threading.Thread(target=self._pool.reserve, args=(wanted,), name="shardckpt-prepare", daemon=True).start()
 
@@ -327,6 +331,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait as `wait` does, then give the memory back. The Checkpointer stays usable and allocates anew."""
+        self._background.check_fork()
         try:
             self._drain()
         finally:
@@ -347,18 +352,3 @@ class Checkpointer:
         self._pending.clear()
         if failures:
             raise failures[0]
-
-
-def _codec(compression: str | tuple[str, int] | None) -> tuple[str, int] | None:
-    if compression is None:
-        return None
-    name, level = (compression, _DEFAULT_LEVEL) if isinstance(compression, str) else compression
-    if name != "zstd" or type(level) is not int or not 1 <= level <= 22:
-        raise UsageError(f"compression is None, 'zstd' or ('zstd', level from 1 to 22), not {compression!r}")
-    return name, level
-
-
-def _positive(name: str, value: Any) -> Any:
-    if value is not None and value <= 0:
-        raise UsageError(f"{name} must be positive, not {value!r}")
-    return value

@@ -19,6 +19,7 @@
     ├── RankTimeoutError (TimeoutError)              a rank did not answer; look at that rank's log
     ├── RemoteError (RuntimeError)                   another rank met an error that is not one of these
     ├── SaveFailedError (RuntimeError)               a save failed on some rank; the last checkpoint is intact
+    │   └── UncertainCommitError                     the storage fell silent at the commit; look what is at the path
     └── LoadFailedError (RuntimeError)               a load failed on some rank; the message says what was changed
 
 An error that has a builtin counterpart is one, so ``except FileNotFoundError`` works; the root is not, so
@@ -92,6 +93,10 @@ class RemoteError(ShardckptError, RuntimeError):
 
 class SaveFailedError(ShardckptError, RuntimeError):
     """A save failed on some rank. Checkpoints committed before it are intact."""
+
+
+class UncertainCommitError(SaveFailedError):
+    """The storage failed in the act of the commit. New or old, what lies at the path is whole."""
 
 
 class LoadFailedError(ShardckptError, RuntimeError):

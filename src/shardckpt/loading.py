@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from shardckpt import commit
+from shardckpt import commit, filenames
 from shardckpt import manifest as mf
+from shardckpt.box import full_box
 from shardckpt.coordinator import Operation, turn
 from shardckpt.errors import (
     CorruptCheckpointError,
@@ -22,10 +23,13 @@ from shardckpt.errors import (
     UsageError,
 )
 from shardckpt.manifest import Manifest
+from shardckpt.planner import Wanted
 from shardckpt.reader import ReadStats, Target, check_files, read_bytes, read_targets
 from shardckpt.reports import LoadReport
 from shardckpt.staging import StagingPool
 from shardckpt.state import Match, parameter_names
+from shardckpt.state.names import check_root
+from shardckpt.state.schema import check_skeleton
 from shardckpt.state.skeleton import child_node
 from shardckpt.storage import Storage
 
@@ -40,7 +44,10 @@ def read_manifest(
     with turn(operation, "manifest") as said:
         if operation.rank == 0:
             said.word = commit.read(path, storage, storage_options).data
-    return mf.decode_manifest(said.heard[0], f"{storage.url}/{mf.MANIFEST}")
+    where = f"{storage.url}/{filenames.MANIFEST}"
+    manifest = mf.decode_manifest(said.heard[0], where)
+    check_skeleton(manifest, where)
+    return manifest
 
 
 class OpenCheckpoint:
@@ -85,7 +92,7 @@ class OpenCheckpoint:
             node = child_node(node, key, ".".join(map(str, prefix[:depth])))
         value = match.new(node, ".".join(map(str, prefix)))
         self._load_objects(match, map_location, weights_only)
-        self._fill(match, convert_dtype=False, stats=ReadStats())
+        self._fill_new(match)
         return value()
 
     def restore(
@@ -102,6 +109,7 @@ class OpenCheckpoint:
         Everything that can be known to fail is checked on every rank before any rank changes anything. Arguments and
         errors are those of `Checkpointer.load`.
         """
+        check_root(state)
         operation = self._begin(f"load({self.path!r})")
         started = time.monotonic()
         stats = ReadStats()
@@ -110,10 +118,11 @@ class OpenCheckpoint:
             place = match.match(state, self.manifest.state, "")
             match.differences.check(self.path, strict=strict)
             self._load_objects(match, map_location, weights_only)
-            check_files(self.manifest, self.storage, _targets(match.targets))
+            check_files(self.manifest, self.storage, [Wanted(t.fqn, box) for t in match.targets for box in t.boxes])
         with turn(operation, "restore"):
             try:
                 self._fill(match, convert_dtype=convert_dtype, stats=stats)
+                stats.placing = True
                 place()
             except Exception as error:
                 raise _with_safety(error, self.path, changed=stats.placing or operation.world_size > 1) from error
@@ -138,7 +147,7 @@ class OpenCheckpoint:
             raise KeyError(f"{self.path} has no tensor {name!r}.{hint}")
         match = self._match({}, map_location, strict=True, convert_dtype=False)
         tensor = match.new({"$tensor": name}, name)
-        self._fill(match, convert_dtype=False, stats=ReadStats())
+        self._fill_new(match)
         return cast(Tensor, tensor())
 
     def _match(
@@ -152,8 +161,19 @@ class OpenCheckpoint:
             relocate=relocation(map_location),
         )
 
+    def _fill_new(self, match: Match) -> None:
+        """Fill a match of new tensors only, which are whole: what isn't there needs no memory."""
+        wanted = [Wanted(fresh.fqn, full_box(fresh.entry.shape)) for fresh in match.fresh]
+        check_files(self.manifest, self.storage, wanted)
+        self._fill(match, convert_dtype=False, stats=ReadStats())
+
     def _fill(self, match: Match, *, convert_dtype: bool, stats: ReadStats) -> None:
-        targets = _targets(match.allocate())
+        try:
+            targets = _targets(match.allocate())
+        except (RuntimeError, MemoryError) as error:
+            raise LoadFailedError(
+                f"{self.path}: no memory for what is to be restored: {_first_line(error)}."
+            ) from error
         read_targets(self.manifest, self.storage, targets, pool=self._pool, convert_dtype=convert_dtype, stats=stats)
         match.settle()
 
@@ -166,9 +186,7 @@ class OpenCheckpoint:
                 )
             data = read_bytes(self.storage, entry.file, entry.offset, entry.nbytes, entry.digest)
             try:
-                match.objects[path] = torch.load(
-                    io.BytesIO(data), map_location=map_location, weights_only=weights_only is not False
-                )
+                match.objects[path] = torch.load(io.BytesIO(data), map_location=map_location, weights_only=weights_only)
             except pickle.UnpicklingError as error:
                 if weights_only is False:
                     raise LoadFailedError(
@@ -182,6 +200,11 @@ class OpenCheckpoint:
             except (AttributeError, ImportError) as error:
                 raise LoadFailedError(
                     f"{self.path}: the object at {path!r} needs code that is not here: {error}. Nothing was changed."
+                ) from error
+            except Exception as error:  # what a pickle holds may raise anything
+                raise LoadFailedError(
+                    f"{self.path}: the object at {path!r} cannot be read: {type(error).__name__}: {_first_line(error)}."
+                    " Nothing was changed."
                 ) from error
 
 
@@ -206,11 +229,14 @@ def _with_safety(error: Exception, path: str, *, changed: bool) -> Exception:
     return told
 
 
-def overwritten(opened: OpenCheckpoint, error: ShardckptError) -> bool:
+def overwritten(opened: OpenCheckpoint, error: Exception) -> bool:
     """Whether a load failed because another save replaced the checkpoint meanwhile, so that it is worth a new start."""
-    if not isinstance(error.__cause__, ObjectNotFoundError) and not isinstance(error, CorruptCheckpointError):
+    if not isinstance(error, (CorruptCheckpointError, ObjectNotFoundError)):
         return False
-    found = commit.find(opened.storage)
+    try:
+        found = commit.find(opened.storage)
+    except ShardckptError:  # what went wrong before says more
+        return False
     return found is not None and found.manifest.save_id != opened.manifest.save_id
 
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 THREADS: Final = 4
 """Threads per save or load unless the caller says otherwise; more don't make a local disk faster."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from shardckpt.box import Box, boxes_of_range, contiguous_span, intersect, relative_to, slices
-from shardckpt.staging import copyable
+from shardckpt.staging import copy_memory, copyable
 
 
 class Target(NamedTuple):
@@ -22,50 +22,53 @@ class Target(NamedTuple):
 class Placement:
     """One copy from a stored box to a target, done in as many parts as the stored bytes arrive in."""
 
-    __slots__ = ("_flat", "_start", "_stop", "_stored", "_target_box", "_tensor", "overlap")
+    __slots__ = ("_address", "_itemsize", "_start", "_stop", "_stored", "_target_box", "_tensor", "overlap")
 
-    def __init__(self, stored: Box, overlap: Box, target: Target) -> None:
+    def __init__(self, stored: Box, overlap: Box, target: Target, dtype: torch.dtype) -> None:
+        """`overlap` is what to copy, in coordinates of the whole tensor, and `dtype` the stored one."""
+        self.overlap = overlap
         self._stored = stored
         self._target_box = target.box
-        self._tensor = copyable(target.tensor.detach())
-        self.overlap = overlap
-        """What to copy, in coordinates of the whole tensor."""
-        self._flat: torch.Tensor | None = None
-        """The target's elements in row-major order, where what is stored in a row also arrives in a row."""
-        if stored == overlap == target.box:
-            self._start, self._stop = 0, overlap.volume
-            if self._tensor.is_contiguous():
-                self._flat = self._tensor.view(-1)
-            return
-        self._start, self._stop = contiguous_span(stored, overlap)
+        self._tensor = tensor = target.tensor
+        self._itemsize = dtype.itemsize
         volume = overlap.volume
-        if self._stop - self._start == volume and self._tensor.is_contiguous():
-            start, stop = contiguous_span(target.box, overlap)
-            if stop - start == volume:
-                self._flat = self._tensor.view(-1)[start:stop]
+        self._start, self._stop = (0, volume) if stored == overlap else contiguous_span(stored, overlap)
+        # Where runs of stored elements arrive as runs of bytes, the address of the first; elsewhere torch has to help.
+        self._address = 0
+        if self._stop - self._start == volume and tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous():
+            first, stop = (0, volume) if target.box == overlap else contiguous_span(target.box, overlap)
+            if stop - first == volume and not tensor.is_conj() and not tensor.is_neg():
+                self._address = tensor.data_ptr() + first * self._itemsize
 
-    def copy(self, elements: torch.Tensor, at: int) -> None:
-        """Copy what this placement wants of `elements`, which are the stored box's from number `at` on, row-major.
+    def copy(self, raw: torch.Tensor, dtype: torch.dtype, at: int) -> None:
+        """Copy what this placement wants of stored elements: the box's from number `at` on, row-major.
 
-        `elements` is one-dimensional and has the stored dtype (`copyable`); the target's dtype decides what arrives.
+        `raw` has their bytes and `dtype` is theirs; the target's decides what arrives.
         """
-        count = elements.numel()
-        if self._flat is not None and at == self._start and at + count == self._stop:
-            self._flat.copy_(elements)
-            return
-        start, stop = max(self._start, at), min(self._stop, at + count)
+        start, stop = max(self._start, at), min(self._stop, at + raw.numel() // self._itemsize)
         if start >= stop:
             return
-        if self._flat is not None:
-            self._flat[start - self._start : stop - self._start].copy_(elements[start - at : stop - at])
+        skip = (start - at) * self._itemsize
+        nbytes = (stop - start) * self._itemsize
+        if self._address:
+            copy_memory(self._address + (start - self._start) * self._itemsize, raw.data_ptr() + skip, nbytes)
             return
+        wanted = raw[skip : skip + nbytes]
+        if wanted.data_ptr() % self._itemsize:
+            # We write every entry aligned; whoever else wrote this one did not.
+            wanted = wanted.clone()
+        self._copy_elements(copyable(wanted.view(dtype)), start, stop)
+
+    def _copy_elements(self, elements: torch.Tensor, start: int, stop: int) -> None:
+        """Copy between layouts, dtypes or devices: `elements` are the stored box's from `start` to `stop`."""
+        tensor = copyable(self._tensor.detach())
         inner = relative_to(self._stored, self.overlap)
         shift = relative_to(self._target_box, self._stored).offsets
-        first = start - at
+        first = 0
         for box in boxes_of_range(self._stored.lengths, start, stop):
-            wanted = intersect(box, inner)
-            if wanted is not None:
-                source = elements[first : first + box.volume].view(box.lengths)[slices(relative_to(box, wanted))]
-                place = Box(tuple(map(sum, zip(wanted.offsets, shift, strict=True))), wanted.lengths)
-                self._tensor[slices(place)].copy_(source)
+            shared = intersect(box, inner)
+            if shared is not None:
+                source = elements[first : first + box.volume].view(box.lengths)[slices(relative_to(box, shared))]
+                place = Box(tuple(map(sum, zip(shared.offsets, shift, strict=True))), shared.lengths)
+                tensor[slices(place)].copy_(source)
             first += box.volume

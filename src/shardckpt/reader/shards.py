@@ -20,7 +20,7 @@ from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, Unsupp
 from shardckpt.manifest import FileEntry, RankManifest, ShardEntry, TensorEntry, decode_rank_manifest
 from shardckpt.reader.fetch import PAGE, Extent, Run, cells_of, union
 from shardckpt.reader.place import Placement
-from shardckpt.staging import Block, copyable
+from shardckpt.staging import Block
 from shardckpt.storage import BLOCK, Storage
 
 MAX_CELL: Final = BLOCK - PAGE
@@ -115,12 +115,8 @@ class Piece:
             self._copy(torch.frombuffer(bytearray(data), dtype=torch.uint8), cell)
 
     def _copy(self, raw: torch.Tensor, first_cell: int) -> None:
-        if self.offset % self._itemsize and not self._compressed:
-            # We write every entry aligned; whoever else wrote this one did not.
-            raw = raw.clone()
-        elements = copyable(raw.view(self._torch_dtype))
         for placement in self.placements:
-            placement.copy(elements, first_cell * DIGEST_BLOCK // self._itemsize)
+            placement.copy(raw, self._torch_dtype, first_cell * DIGEST_BLOCK // self._itemsize)
 
     def _error(self, what: str, name: str, at: int) -> CorruptCheckpointError:
         return CorruptCheckpointError(f"tensor {self.fqn!r} in {name} at byte {at} {what}. Load another checkpoint.")

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Final, NamedTuple
 
 import torch
+from torch.autograd.graph import increment_version
 
 from shardckpt.box import Box
 from shardckpt.codecs import DTYPE_NAMES, digest, digests_text, torch_dtype
@@ -90,16 +91,20 @@ def read_targets(
             job = partial(_read, budget=Budget(pool, read_memory), mode=mode, stats=stats)
             for_each(work, job, threads=threads, name="read")
     finally:
+        if stats.placing:
+            # Autograd doesn't see copies of memory, and must know that what it saved has changed.
+            for target in targets:
+                increment_version(target.tensor)
         stats.seconds = time.perf_counter() - start
     return stats
 
 
-def check_files(manifest: Manifest, storage: Storage, targets: Sequence[Target], *, threads: int = THREADS) -> None:
+def check_files(manifest: Manifest, storage: Storage, wanted: Sequence[Wanted], *, threads: int = THREADS) -> None:
     """Raise what `read_targets` would raise for files that are missing or of the wrong size, and read none.
 
-    Only the names and boxes of the targets matter, so that their memory may be allocated afterwards.
+    Whoever asks first need not allocate memory for a checkpoint that is not there.
     """
-    plan = _plan(manifest, storage, targets)
+    plan = _plan(manifest, storage, wanted)
     indices = {manifest.tensors[plan.names[item.wanted]].file[item.shard] for item in plan.items}
     files = [ShardFile(storage, manifest.files[index]) for index in sorted(indices)]
     for_each(files, ShardFile.check, threads=threads, name="check")
@@ -115,7 +120,7 @@ class _Plan(NamedTuple):
     items: list[ReadItem]
 
 
-def _plan(manifest: Manifest, storage: Storage, targets: Sequence[Target]) -> _Plan:
+def _plan(manifest: Manifest, storage: Storage, targets: Sequence[Target | Wanted]) -> _Plan:
     # A tensor wanted under two names is one tensor, read once.
     names = [manifest.aliases.get(target.fqn, target.fqn) for target in targets]
     boxes: dict[str, list[Box]] = {}
@@ -135,7 +140,8 @@ def _files(manifest: Manifest, storage: Storage, targets: Sequence[Target]) -> l
     placements: defaultdict[tuple[str, int], list[Placement]] = defaultdict(list)
     for item in plan.items:
         name = plan.names[item.wanted]
-        placement = Placement(plan.boxes[name][item.shard], item.overlap, targets[item.wanted])
+        dtype = torch_dtype(manifest.tensors[name].dtype)
+        placement = Placement(plan.boxes[name][item.shard], item.overlap, targets[item.wanted], dtype)
         placements[name, item.shard].append(placement)
     files: dict[int, ShardFile] = {}
     for (name, shard), wanted in placements.items():

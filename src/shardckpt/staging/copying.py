@@ -12,11 +12,12 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from shardckpt.box import Box, boxes_of_range, slices
-from shardckpt.staging.memory import Block, Budget, StagingPool
+from shardckpt.errors import UsageError
+from shardckpt.staging.memory import Block, Budget, StagingPool, copy_memory
 from shardckpt.storage import BLOCK
 
 SMALL: Final = 256 << 10
-"""Bytes below which contiguous tensors are copied together: calls would cost more than the copies."""
+"""Bytes below which contiguous tensors of a device are copied together: calls would cost more than the copies."""
 
 _FLOAT4: Final[torch.dtype | None] = getattr(torch, "float4_e2m1fn_x2", None)
 
@@ -105,10 +106,12 @@ class _Filler:
 
     def add(self, tensor: torch.Tensor, nbytes: int) -> None:
         """Append all elements of `tensor`, which are `nbytes` bytes, to the stream."""
+        if tensor.nbytes != nbytes:
+            raise UsageError(f"a tensor of {tensor.nbytes} bytes was announced with {nbytes}")
         if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-            self._add_bytes(_octets(tensor), nbytes)
+            self._add_contiguous(tensor, nbytes)
         elif (self._at + self._small_nbytes) % tensor.element_size():
-            self._add_bytes(_octets(tensor.contiguous().resolve_conj().resolve_neg()), nbytes)
+            self._add_contiguous(tensor.contiguous().resolve_conj().resolve_neg(), nbytes)
         else:
             self._add_elements(tensor)
 
@@ -130,7 +133,25 @@ class _Filler:
             self._block.release()
             self._block = None
 
-    def _add_bytes(self, octets: torch.Tensor, nbytes: int) -> None:
+    def _add_contiguous(self, tensor: torch.Tensor, nbytes: int) -> None:
+        if tensor.is_cpu:
+            self._add_memory(tensor.data_ptr(), nbytes)
+        else:
+            self._add_device_memory(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8), nbytes)
+
+    def _add_memory(self, address: int, nbytes: int) -> None:
+        if not address:
+            raise UsageError("a tensor without memory of its own can't be staged")
+        self._gather()
+        while nbytes:
+            block = self._current()
+            size = min(nbytes, BLOCK - self._at)
+            copy_memory(block.address + self._at, address, size)
+            address += size
+            nbytes -= size
+            self._advance(size)
+
+    def _add_device_memory(self, octets: torch.Tensor, nbytes: int) -> None:
         if nbytes < SMALL and self._at + self._small_nbytes + nbytes <= BLOCK:
             if self._small and octets.device != self._small[0].device:
                 self._gather()
@@ -140,9 +161,9 @@ class _Filler:
         self._gather()
         done = 0
         while done < nbytes:
-            window, at = self._window()
+            block, at = self._current(), self._at
             size = min(nbytes - done, BLOCK - at)
-            window[at : at + size].copy_(octets[done : done + size], non_blocking=octets.is_cuda)
+            block.tensor[at : at + size].copy_(octets[done : done + size], non_blocking=octets.is_cuda)
             done += size
             self._advance(size)
 
@@ -152,9 +173,9 @@ class _Filler:
         tensor = copyable(tensor)
         itemsize, count, done = tensor.element_size(), tensor.numel(), 0
         while done < count:
-            window, at = self._window()
+            block, at = self._current(), self._at
             size = min(count - done, (BLOCK - at) // itemsize)
-            into = window[at : at + size * itemsize].view(tensor.dtype)
+            into = block.tensor[at : at + size * itemsize].view(tensor.dtype)
             start = 0
             for box in boxes_of_range(tensor.shape, done, done + size):
                 part = into[start : start + box.volume].view(box.lengths)
@@ -164,21 +185,17 @@ class _Filler:
             self._advance(size * itemsize)
 
     def _gather(self) -> None:
-        """Copy the small tensors that have been put off; they fit into the block."""
+        """Copy the small tensors of a device that have been put off; they fit into the block."""
         if self._small:
-            window, at = self._window()
-            into = window[at : at + self._small_nbytes]
-            if self._small[0].device.type == "cpu":
-                torch.cat(self._small, out=into)
-            else:
-                gathered = torch.cat(self._small)
-                into.copy_(gathered, non_blocking=gathered.is_cuda)
+            gathered = torch.cat(self._small)
             size, self._small_nbytes = self._small_nbytes, 0
+            into = self._current().tensor[self._at : self._at + size]
+            into.copy_(gathered, non_blocking=gathered.is_cuda)
             self._small.clear()
             self._advance(size)
 
-    def _window(self) -> tuple[torch.Tensor, int]:
-        """The block being filled, as bytes, and how far it is."""
+    def _current(self) -> Block:
+        """The block being filled."""
         if self._block is None:
             block = self._budget.try_acquire()
             if block is None:
@@ -186,7 +203,7 @@ class _Filler:
                 self._emit_pending(0)
                 block = self._budget.acquire()
             self._block = block
-        return self._block.tensor, self._at
+        return self._block
 
     def _advance(self, nbytes: int) -> None:
         self._at += nbytes
@@ -207,8 +224,3 @@ class _Filler:
                 event.synchronize()
             block, _ = self._pending.popleft()
             self._emit(block)
-
-
-def _octets(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a contiguous tensor. Where it has one element, its strides may be any."""
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -6,7 +6,7 @@
 from shardckpt.state.flatten import Flattened, flatten
 from shardckpt.state.leaves import LocalTensor
 from shardckpt.state.match import Differences, Match
-from shardckpt.state.names import ModuleState, OptimizerState, parameter_names
+from shardckpt.state.names import ModuleState, OptimizerState, Share, parameter_names
 from shardckpt.state.skeleton import merge
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Match",
     "ModuleState",
     "OptimizerState",
+    "Share",
     "flatten",
     "merge",
     "parameter_names",

@@ -3,9 +3,10 @@
 Kinds are asked for here once. Above this floor there are only `LocalTensor`s, JSON and bytes.
 """
 
-import fnmatch
 import io
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,8 +17,13 @@ from torch import Tensor, nn
 from shardckpt.errors import UnserialisableError, UsageError
 from shardckpt.state import names, values
 from shardckpt.state.leaves import LocalTensor, is_raw_tensor, is_uninitialised, local_tensor, memory_key
+from shardckpt.state.selection import Selection, matches
+from shardckpt.state.skeleton import MAX_DEPTH
 
 Json = Any
+
+_LEFT_OUT: Final = object()
+"""In place of a node: nothing of the value is selected."""
 
 _SPARSE_PARTS: Final = {
     torch.sparse_coo: ("_indices", "_values"),
@@ -40,19 +46,7 @@ class Flattened:
     structure: str = ""
     """Digest of names, kinds, shapes, dtypes and boxes, but of no values: equal while a plan stays good."""
     outline: str = ""
-    """Digest of names and kinds alone: equal on ranks whose skeletons have the same places."""
-
-
-class Selection:
-    """Which names of a state are saved: those that match ``include``, less those that match ``exclude``."""
-
-    def __init__(self, include: Sequence[str] | None, exclude: Sequence[str] | None) -> None:
-        self._include, self._exclude = include, exclude
-
-    def __call__(self, path: str) -> bool:
-        if self._exclude is not None and any(fnmatch.fnmatchcase(path, pattern) for pattern in self._exclude):
-            return False
-        return self._include is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in self._include)
+    """Digest of names and kinds alone: equal on ranks whose skeletons have the same places. Empty for a `Share`."""
 
 
 def flatten(
@@ -66,25 +60,21 @@ def flatten(
 
     ``replicated`` declares loose tensors and buffers equal on all ranks (true, or patterns of their names), so that
     their writing is shared. Raises UnserialisableError naming the path of a value that cannot be stored, UsageError for
-    a state of a wrong type or with clashing names.
+    a state of a wrong type, with clashing names, or of which nothing is selected.
     """
-    if not (
-        isinstance(state, Mapping) or names.is_module(state) or names.is_optimizer(state) or names.is_stateful(state)
-    ):
-        raise UsageError(
-            f"a state is a dict, a module, an optimizer or an object with state_dict/load_state_dict, not "
-            f"{type(state).__name__}."
-        )
+    names.check_root(state)
+    if isinstance(state, dict) and not names.is_stateful(state):
+        state = dict(state)  # whatever kind of dict is at the root, it is a state and not an object to be pickled
     walk = _Flattener(
         names.parameter_names(state),
-        lambda path: (
-            replicated is True or (replicated is not False and any(fnmatch.fnmatchcase(path, p) for p in replicated))
-        ),
+        lambda path: replicated is True or (replicated is not False and matches(path, replicated)),
         Selection(include, exclude),
     )
-    walk.result.skeleton = walk.node(state, "", False)
+    walk.result.skeleton = walk.node(dict(state) if isinstance(state, names.Share) else state, "", False)
+    if walk.result.skeleton is _LEFT_OUT:
+        raise UsageError(f"include={include!r} and exclude={exclude!r} leave nothing of the state to save.")
     walk.result.structure = walk.structure.hexdigest()
-    walk.result.outline = walk.outline.hexdigest()
+    walk.result.outline = "" if isinstance(state, names.Share) else walk.outline.hexdigest()
     return walk.result
 
 
@@ -102,58 +92,79 @@ class _Flattener:
         self._open: set[int] = set()
 
     def node(self, value: Any, path: str, split: bool) -> Json:
-        """The skeleton of ``value``. ``split`` is inherited: whether tensors in it are equal on all ranks."""
+        """The skeleton of ``value``, or `_LEFT_OUT`. ``split`` is inherited: whether tensors in it are equal on all
+        ranks.
+        """
         if isinstance(value, Tensor):
-            return self._tensor(value, path, split)
+            return self._tensor(value, path, split) if self._selected(path) else _LEFT_OUT
         if names.is_module(value):
             return self._module(value, path)
         if names.is_optimizer(value):
             return self._optimizer(value, path)
+        if values.is_plain_dict(value) or type(value) in (list, tuple):
+            with self._inside(value, path):
+                self._note(type(value).__name__, path)
+                return self._dict(value, path, split) if isinstance(value, dict) else self._list(value, path, split)
+        if names.is_stateful(value):
+            with self._inside(value, path):
+                return self.node(value.state_dict(), path, split)
+        return self._leaf(value, path, split) if self._selected(path) else _LEFT_OUT
+
+    def _leaf(self, value: Any, path: str, split: bool) -> Json:
         scalar = values.encode_scalar(value)
         if scalar is not values.NOT_PLAIN:
             self._note("v", path)
             return scalar
-        if values.is_plain_dict(value) or type(value) in (list, tuple, set, frozenset):
-            return self._container(value, path, split)
-        if names.is_stateful(value):
-            return self.node(value.state_dict(), path, split)
+        if type(value) in (set, frozenset):
+            return self._set(value, path)
         if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
             return self._ndarray(value, path, split)
         return self._object(value, path)
 
     def _note(self, kind: str, path: str) -> None:
-        line = f"{kind}\0{path}\0".encode("utf-8", "surrogatepass")
+        line = f"{kind}\0{path}\0".encode()
         self.structure.update(line)
         self.outline.update(line)
 
-    def _container(self, value: Any, path: str, split: bool) -> Json:
+    @contextmanager
+    def _inside(self, value: Any, path: str) -> Iterator[None]:
+        """While the parts of ``value`` are walked over: it must not be one of them, nor the walk become endless."""
         if id(value) in self._open:
             raise UnserialisableError(f"the {type(value).__name__} at {path!r} contains itself; a state is a tree.")
+        if len(self._open) == MAX_DEPTH:
+            raise UnserialisableError(f"the state is more than {MAX_DEPTH} containers deep, at {path!r}.")
         self._open.add(id(value))
-        self._note(type(value).__name__, path)
         try:
-            if isinstance(value, dict):
-                return self._dict(value, path, split)
-            items = [self.node(item, names.child_path(path, index), split) for index, item in enumerate(value)]
+            yield
         finally:
             self._open.discard(id(value))
-        if type(value) is list:
-            return items
-        if type(value) is not tuple and any(isinstance(item, dict) and "$tensor" in item for item in items):
-            raise UnserialisableError(f"the {type(value).__name__} at {path!r} holds tensors; use a list or a dict.")
-        return {f"${type(value).__name__}": items}
 
     def _dict(self, value: dict[Any, Any], path: str, split: bool) -> Json:
-        pairs = []
-        for key, item in value.items():
-            child = names.child_path(path, key)
-            if self._is_leaf(item) and not self._selected(child):
-                continue
-            pairs.append([self._key(key, path), self.node(item, child, split)])
-        return values.encode_pairs(value, pairs)
+        if _is_state_dict(value):
+            return self._entries(value, {key: key for key in value}, path, lambda _: split)
+        pairs = [
+            [self._key(key, path), self.node(item, names.child_path(path, key), split)] for key, item in value.items()
+        ]
+        kept = [pair for pair in pairs if pair[1] is not _LEFT_OUT]
+        return _LEFT_OUT if pairs and not kept else values.encode_pairs(value, kept)
 
-    def _is_leaf(self, value: Any) -> bool:
-        return not (isinstance(value, (dict, list, tuple)) or names.is_module(value) or names.is_stateful(value))
+    def _list(self, value: Sequence[Any], path: str, split: bool) -> Json:
+        items = [self.node(item, names.child_path(path, index), split) for index, item in enumerate(value)]
+        if items and all(item is _LEFT_OUT for item in items):
+            return _LEFT_OUT
+        items = [None if item is _LEFT_OUT else item for item in items]  # the others keep their places
+        return {"$tuple": items} if type(value) is tuple else items
+
+    def _set(self, value: Any, path: str) -> Json:
+        self._note(type(value).__name__, path)
+        items = []
+        for index, item in enumerate(value):
+            if isinstance(item, Tensor):
+                kind = type(value).__name__
+                raise UnserialisableError(f"the {kind} at {path!r} holds tensors; use a list or a dict.")
+            child = names.child_path(path, index)
+            items.append({"$tuple": self._set(item, child)} if type(item) is tuple else self._leaf(item, child, False))
+        return items if type(value) is tuple else {f"${type(value).__name__}": items}
 
     def _key(self, key: Any, path: str) -> Json:
         if type(key) is tuple:
@@ -162,7 +173,7 @@ class _Flattener:
         if encoded is values.NOT_PLAIN:
             raise UnserialisableError(
                 f"the dict at {path or 'the root'!r} has a key of type {type(key).__name__}: {key!r}. Keys are "
-                f"plain values."
+                "plain values."
             )
         return encoded
 
@@ -180,7 +191,7 @@ class _Flattener:
         if key is not None and key in self._memory:
             self.result.aliases[name] = self._memory[key]
             self._note("a", name)
-            self.structure.update(f"{self._memory[key]}\0".encode("utf-8", "surrogatepass"))
+            self.structure.update(f"{self._memory[key]}\0".encode())
             return {"$tensor": name}
         leaf = local_tensor(name, value, split=split or self._replicated(name))
         if key is not None:
@@ -191,12 +202,9 @@ class _Flattener:
         return {"$tensor": name}
 
     def _unique(self, path: str) -> str:
-        """``path``, or, where another tensor has that name ({"a": {"b": t}, "a.b": u}), a variant of it."""
-        name, count = path, 1
-        while name in self.result.tensors or name in self.result.aliases:
-            count += 1
-            name = f"{path}~{count}"
-        return name
+        """``path``, or, where something else has that name ({"a": {"b": t}, "a.b": u}), a variant of it."""
+        taken = (self.result.tensors, self.result.aliases, self.result.objects)
+        return names.unique(path, lambda name: any(name in kind for kind in taken))
 
     def _sparse(self, value: Tensor, path: str, split: bool) -> Json:
         parts = {
@@ -210,56 +218,83 @@ class _Flattener:
         return {"$sparse": {"layout": layout, "size": list(value.shape), "coalesced": coalesced, "parts": parts}}
 
     def _ndarray(self, value: Any, path: str, split: bool) -> Json:
+        if not value.dtype.isnative:
+            return self._object(value, path)
+        if not value.flags.writeable or any(stride < 0 for stride in value.strides):
+            value = value.copy()  # torch warns of the one and refuses the other
         try:
             tensor = torch.from_numpy(value)
-        except (TypeError, ValueError):  # strings, objects, foreign byte order, negative strides
+        except TypeError:  # strings, dates, structures, objects
             return self._object(value, path)
         return {"$ndarray": self._tensor(tensor, path, split)["$tensor"]}
 
     def _module(self, value: nn.Module | names.ModuleState, path: str) -> Json:
         module = names.module_of(value)
         state_dict = value.state_dict if isinstance(value, names.ModuleState) else module.state_dict()
-        cleaned = names.clean_names(module, list(state_dict))
         parameters = {raw for raw, _ in module.named_parameters(remove_duplicate=False)}
         self._note("m", path)
-        entries = {}
-        for raw, item in state_dict.items():
-            child = names.child_path(path, cleaned[raw])
-            if self._selected(child):
-                entries[cleaned[raw]] = self.node(item, child, raw in parameters)
+        with self._inside(module, path):
+            node = self._entries(state_dict, names.clean_names(module, list(state_dict)), path, parameters.__contains__)
+        if node is not _LEFT_OUT:
+            cleaned = names.clean_paths(module)
+            versions = node["$module"]["versions"]
+            node["$module"]["versions"] = {cleaned.get(raw, raw): version for raw, version in versions.items()}
+        return node
+
+    def _entries(
+        self, state_dict: Mapping[str, Any], cleaned: Mapping[str, str], path: str, split: Callable[[str], bool]
+    ) -> Json:
+        """The node of a module's state dict, whose entries go by their ``cleaned`` names."""
+        nodes = {
+            cleaned[raw]: self.node(item, names.child_path(path, cleaned[raw]), split(raw))
+            for raw, item in state_dict.items()
+        }
+        entries = {name: node for name, node in nodes.items() if node is not _LEFT_OUT}
+        if nodes and not entries:
+            return _LEFT_OUT
         return {"$module": {"entries": entries, "versions": _module_versions(state_dict)}}
 
     def _optimizer(self, value: torch.optim.Optimizer | names.OptimizerState, path: str) -> Json:
         optimizer = names.optimizer_of(value)
         state_dict = value.state_dict if isinstance(value, names.OptimizerState) else optimizer.state_dict()
-        if not names.is_torch_format(state_dict):
-            return self.node(dict(state_dict), path, True)
         named = names.optimizer_parameter_names(value, self._parameters)
+        if not names.is_torch_format(state_dict, named):
+            return self.node(dict(state_dict), path, True)
         by_index = {
             index: name
             for group, group_names in zip(state_dict["param_groups"], named, strict=True)
             for index, name in zip(group["params"], group_names, strict=True)
         }
         self._note("o", path)
+        below = names.child_path(path, "state")
         state, loose = {}, []
         for key, item in state_dict["state"].items():
-            if key in by_index:
-                child = names.child_path(names.child_path(path, "state"), by_index[key])
-                state[by_index[key]] = self.node(item, child, True)
+            name = by_index.get(key)
+            node = self.node(item, names.child_path(below, key if name is None else name), True)
+            if node is _LEFT_OUT:
+                continue
+            if name is None:
+                loose.append([self._key(key, path), node])
             else:
-                loose.append([self._key(key, path), self.node(item, names.child_path(f"{path}.state", key), True)])
+                state[name] = node
         groups = []
+        below = names.child_path(path, "param_groups")
         for index, (group, group_names) in enumerate(zip(state_dict["param_groups"], named, strict=True)):
-            rest = {key: item for key, item in group.items() if key != "params"}
-            child = f"{path}.param_groups.{index}" if path else f"param_groups.{index}"
-            groups.append({"params": group_names, "options": self.node(rest, child, True)})
-        rest = {key: item for key, item in state_dict.items() if key not in ("state", "param_groups")}
-        node: dict[str, Json] = {"state": state, "param_groups": groups}
+            options = {key: item for key, item in group.items() if key != "params"}
+            groups.append({"params": group_names, "options": self.node(options, names.child_path(below, index), True)})
+        rest = self.node(
+            {key: item for key, item in state_dict.items() if key not in ("state", "param_groups")}, path, True
+        )
+        if not state and not loose and groups and all(group["options"] is _LEFT_OUT for group in groups):
+            return _LEFT_OUT
+        for node in groups:
+            node["options"] = {} if node["options"] is _LEFT_OUT else node["options"]
+        body: dict[str, Json] = {"state": state, "param_groups": groups}
         if loose:
-            node["loose"] = loose
-        if rest:
-            node["rest"] = self.node(rest, path, True)
-        return {"$optimizer": node}
+            body["loose"] = loose
+        if rest is not _LEFT_OUT and rest:
+            body["rest"] = rest
+        return {"$optimizer": body}
 
     def _object(self, value: Any, path: str) -> Json:
         buffer = io.BytesIO()
@@ -271,12 +306,22 @@ class _Flattener:
                 f" is neither plain nor picklable: {error}. Take it out of the state, or give it"
                 " state_dict/load_state_dict."
             ) from error
-        self.result.objects[path] = buffer.getvalue()
-        self._note("p", path)
-        return {"$object": path}
+        name = self._unique(path)
+        self.result.objects[name] = buffer.getvalue()
+        self._note("p", name)
+        return {"$object": name}
+
+
+def _is_state_dict(value: dict[Any, Any]) -> bool:
+    """Whether a dict is what ``Module.state_dict()`` returned: it has the modules' versions with it."""
+    return (
+        type(value) is OrderedDict
+        and isinstance(getattr(value, "_metadata", None), dict)
+        and all(type(key) is str and values.encode_scalar(key) == key for key in value)
+    )
 
 
 def _module_versions(state_dict: Mapping[str, Any]) -> dict[str, int]:
     """The versions that modules' own loading code asks for (BatchNorm's does), where they are not the usual 1."""
-    metadata = getattr(state_dict, "_metadata", None) or {}
-    return {name: entry["version"] for name, entry in metadata.items() if entry.get("version", 1) not in (1, None)}
+    versions = {name: entry.get("version") for name, entry in (getattr(state_dict, "_metadata", None) or {}).items()}
+    return {name: version for name, version in versions.items() if type(version) is int and version != 1}

@@ -51,7 +51,7 @@ class LocalTensor:
 
 def is_raw_tensor(value: Any) -> bool:
     """Whether a tensor's bytes are its value: not so for quantized, nested, sparse and unknown subclasses."""
-    if isinstance(value, DTensor) or _is_sharded_tensor(value):
+    if is_distributed(value):
         return True
     return (
         type(value) in _PLAIN_TYPES
@@ -65,6 +65,11 @@ def is_raw_tensor(value: Any) -> bool:
 def is_uninitialised(value: Any) -> bool:
     """Whether a tensor is a lazy module's parameter that has no shape yet."""
     return isinstance(value, (UninitializedParameter, UninitializedBuffer))
+
+
+def is_distributed(value: Any) -> bool:
+    """Whether a tensor says itself which part of it this rank holds."""
+    return isinstance(value, DTensor) or _is_sharded_tensor(value)
 
 
 def _is_sharded_tensor(value: Any) -> bool:
@@ -125,6 +130,14 @@ def storage_key(tensor: Tensor) -> Hashable | None:
     if type(local) not in _PLAIN_TYPES or local.device.type == "meta" or local.layout is not torch.strided:
         return None
     return (local.device, local.untyped_storage().data_ptr())
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor do, so that writing them is undefined."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return type(local) in _PLAIN_TYPES and any(
+        stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)
+    )
 
 
 def _location(tensor: Tensor, *, pieces: bool) -> str:

@@ -9,35 +9,26 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shardckpt.codecs import DTYPES
-from shardckpt.errors import CorruptCheckpointError, StateMismatchError
-from shardckpt.manifest import Manifest, TensorEntry
+from shardckpt.errors import StateMismatchError
+from shardckpt.manifest import Manifest
 from shardckpt.state import names, values
-from shardckpt.state.leaves import LocalTensor, is_raw_tensor, is_uninitialised, local_tensor, memory_key
+from shardckpt.state.fresh import Maker, Thunk
+from shardckpt.state.leaves import (
+    LocalTensor,
+    is_raw_tensor,
+    is_uninitialised,
+    local_tensor,
+    memory_key,
+    overlaps_itself,
+)
 from shardckpt.state.modules import match_module
 from shardckpt.state.optimizers import match_optimizer
-from shardckpt.state.skeleton import as_torch_format, contains_tensor, module_entries, tensor_name
+from shardckpt.state.skeleton import contains_tensor, tensor_name
 
 Json = Any
-Thunk = Callable[[], Any]
-
-
-@dataclass(slots=True)
-class Fresh:
-    """A tensor that has no live counterpart: allocated once the match is accepted, then filled by the reader."""
-
-    fqn: str
-    entry: TensorEntry
-    make: Callable[[], Tensor]
-    finish: Callable[[Tensor], Tensor]
-    tensor: Tensor | None = None
-
-    def value(self) -> Tensor:
-        assert self.tensor is not None, "a thunk ran before its tensor was allocated"
-        return self.tensor
 
 
 @dataclass(slots=True)
@@ -62,11 +53,10 @@ class Differences:
             )
 
 
-class Match:
+class Match(Maker):
     """One live state (or none) held against one manifest.
 
-    ``targets`` are live tensors to fill, under the names of the checkpoint; ``fresh`` those to be made; ``objects`` the
-    pickled values that somebody must load into it before the thunks run.
+    ``targets`` are live tensors to fill, under the names of the checkpoint.
     """
 
     def __init__(
@@ -78,34 +68,26 @@ class Match:
         strict: bool,
         relocate: Callable[[Tensor, str], Tensor],
     ) -> None:
-        self.manifest = manifest
+        super().__init__(manifest, relocate)
         self.targets: list[LocalTensor] = []
-        self.fresh: list[Fresh] = []
-        self.objects: dict[str, Any] = {}
-        self.restored: list[str] = []
         self.differences = Differences()
         self.parameters = parameters
         self._convert_dtype = convert_dtype
         self.strict = strict
-        self._relocate = relocate
-        self._filled: set[Hashable] = set()
-        self._made: dict[str, Fresh] = {}
+        self._filled: dict[Hashable, int] = {}
 
     def allocate(self) -> list[LocalTensor]:
         """Allocate what is new; returns everything to be filled."""
         filled = list(self.targets)
         for fresh in self.fresh:
             fresh.tensor = fresh.make()
-            if fresh.tensor.device.type != "meta":
-                filled.append(local_tensor(fresh.fqn, fresh.tensor, split=False))
+            filled.append(local_tensor(fresh.fqn, fresh.tensor, split=False))
         return filled
 
     def settle(self) -> None:
         """Give new tensors their final place, once read."""
         for fresh in self.fresh:
             fresh.tensor = fresh.finish(fresh.value())
-
-    # -- live state beside saved node -------------------------------------------------------------------------------
 
     def match(self, live: Any, node: Json, path: str) -> Thunk:
         """The thunk that restores ``node`` into ``live``, and the value that then belongs in its place."""
@@ -115,7 +97,7 @@ class Match:
             return match_module(self, live, node, path)
         if names.is_optimizer(live):
             return match_optimizer(self, live, node, path)
-        if isinstance(live, dict):
+        if isinstance(live, dict) and (values.is_plain_dict(live) or not names.is_stateful(live)):
             return self._dict(live, node, path)
         if type(live) in (list, tuple):
             return self._sequence(live, node, path)
@@ -125,191 +107,118 @@ class Match:
         return value
 
     def tensor(self, live: Tensor, node: Json, path: str) -> Thunk:
-        name = tensor_name(node)
         if not is_raw_tensor(live) or is_uninitialised(live):
             return self.new(node, path)
+        name = tensor_name(node)
         if name is None:
-            self.differences.mismatched.append(f"{path}: a tensor here, but a plain value in the checkpoint")
-            return lambda: live
-        if self.fits(live, name, path):
+            found = {"$sparse": "a sparse tensor", "$object": "a pickled object"}.get(
+                values.tag_of(node) or "", "a plain value"
+            )
+            self.differences.mismatched.append(f"{path}: a tensor here, but {found} in the checkpoint")
+        elif self.fits(live, name, path):
             self.fill(live, name)
         return lambda: live
-
-    def entry(self, name: str) -> TensorEntry:
-        entry = self.manifest.resolve(name)
-        if entry is None:
-            raise CorruptCheckpointError(f"the skeleton names tensor {name!r}, which the manifest does not list.")
-        return entry
 
     def fits(self, live: Tensor, name: str, path: str) -> bool:
         """Whether a live tensor can take a stored one; the reasons why not go to the differences."""
         entry = self.entry(name)
+        here = str(live.dtype).removeprefix("torch.")
+        why = ""
         if tuple(live.shape) != tuple(entry.shape):
-            self.differences.mismatched.append(
-                f"{path}: shape {tuple(live.shape)} here, {tuple(entry.shape)} in the checkpoint"
-            )
-            return False
-        if live.dtype is not DTYPES.get(entry.dtype) and not self._convert_dtype:
-            here = str(live.dtype).removeprefix("torch.")
-            self.differences.mismatched.append(
-                f"{path}: dtype {here} here, {entry.dtype} in the checkpoint (convert_dtype=True converts)"
-            )
-            return False
-        return True
+            why = f"shape {tuple(live.shape)} here, {tuple(entry.shape)} in the checkpoint"
+        elif entry.dtype.startswith("complex") and not live.is_complex():
+            why = f"dtype {here} here, {entry.dtype} in the checkpoint, half of which would be lost"
+        elif live.dtype is not DTYPES.get(entry.dtype) and not self._convert_dtype:
+            why = f"dtype {here} here, {entry.dtype} in the checkpoint (convert_dtype=True converts)"
+        elif overlaps_itself(live):
+            why = "elements share memory here (an expanded tensor), so they cannot be written; clone it first"
+        if why:
+            self.differences.mismatched.append(f"{path}: {why}")
+        return not why
 
     def fill(self, live: Tensor, name: str) -> None:
-        """Have a live tensor read in place; memory that has several names is read once."""
-        key = memory_key(live)
+        """Have a live tensor read in place. Of several stored tensors for one memory the last counts, as in torch."""
         self.restored.append(name)
+        key = memory_key(live)
+        target = local_tensor(self.manifest.aliases.get(name, name), live, split=False)
         if key is not None and key in self._filled:
+            self.targets[self._filled[key]] = target
             return
-        self._filled.add(key)
-        self.targets.append(local_tensor(self.manifest.aliases.get(name, name), live, split=False))
+        if key is not None:
+            self._filled[key] = len(self.targets)
+        self.targets.append(target)
 
     def _dict(self, live: dict[Any, Any], node: Json, path: str) -> Thunk:
         saved = self.items(node, path)
         if saved is None:
+            if path and not holds_live(live):
+                return self.new(node, path)
             self.differences.mismatched.append(f"{path or 'the root'}: a dict here, something else in the checkpoint")
             return lambda: live
+        # A nested dict of plain values becomes what was saved; any other is restored key by key.
+        is_plain = bool(path) and live.keys() != saved.keys() and not holds_live(live)
         thunks: dict[Any, Thunk] = {}
         for key, value in live.items():
-            child = names.child_path(path, key)
             if key in saved:
-                thunks[key] = self.match(value, saved[key], child)
-            else:
-                self.differences.missing.append(child)
-        for key in saved.keys() - live.keys():
+                thunks[key] = self.match(value, saved[key], names.child_path(path, key))
+            elif not is_plain:
+                self.differences.missing.append(names.child_path(path, key))
+        for key in [key for key in saved if key not in live]:
             child = names.child_path(path, key)
             if not path:
                 self.differences.skipped.append(child)
-            elif live and contains_tensor(saved[key]):
+            elif not is_plain and contains_tensor(saved[key]):
                 self.differences.unexpected.append(child)
             else:
                 thunks[key] = self.new(saved[key], child)
-        order = [key for key in saved if key in thunks]
+        gone = [key for key in live if key not in saved] if is_plain else []
 
         def place() -> dict[Any, Any]:
-            for key in order:
+            for key in gone:
+                del live[key]
+            for key in [key for key in saved if key in thunks]:
                 live[key] = thunks[key]()
             return live
 
         return place
 
-    def items(self, node: Json, path: str) -> dict[Any, Json] | None:
-        """A saved container as decoded key → node, whatever it was saved as; None where it is no dict."""
-        entries = module_entries(node)
-        if entries is not None:
-            return dict(entries)
-        if values.tag_of(node) == "$optimizer":
-            node = as_torch_format(node)
-        pairs = values.pairs_of(node)
-        return None if pairs is None else {self._key(key, path): value for key, value in pairs}
-
-    def _key(self, node: Json, path: str) -> Any:
-        if values.tag_of(node) == "$tuple":
-            return tuple(self._key(item, path) for item in node["$tuple"])
-        return values.decode_scalar(node, path)
-
     def _sequence(self, live: Any, node: Json, path: str) -> Thunk:
         items = node["$tuple"] if values.tag_of(node) == "$tuple" else node
-        holds_tensors = any(isinstance(item, Tensor) or names.is_stateful(item) for item in live)
-        if not isinstance(items, list) or len(items) != len(live):
-            if not holds_tensors:
-                return self.new(node, path)
-            found = len(items) if isinstance(items, list) else "no list"
-            self.differences.mismatched.append(f"{path}: {len(live)} items here, {found} in the checkpoint")
-            return lambda: live
+        same_kind = isinstance(node, list) == isinstance(live, list)
+        if not isinstance(items, list) or len(items) != len(live) or not same_kind:
+            if path and not holds_live(live):
+                value = self.new(node, path)
+                return value if not same_kind or type(live) is tuple else lambda: _replace(live, value())
+            if not isinstance(items, list) or len(items) != len(live):
+                found = len(items) if isinstance(items, list) else "no list"
+                self.differences.mismatched.append(f"{path}: {len(live)} items here, {found} in the checkpoint")
+                return lambda: live
         thunks = [
             self.match(value, item, names.child_path(path, i))
             for i, (value, item) in enumerate(zip(live, items, strict=True))
         ]
-
-        def place() -> Any:
-            restored = [thunk() for thunk in thunks]
-            if isinstance(live, list):
-                live[:] = restored
-                return live
-            return tuple(restored)
-
-        return place
-
-    # -- new values -------------------------------------------------------------------------------------------------
-
-    def new(self, node: Json, path: str, like: Tensor | None = None) -> Thunk:
-        """The thunk that makes the value of ``node`` anew; tensors on the device that ``like`` implies, if given."""
-        tag = values.tag_of(node)
-        argument: Any = node[tag] if tag is not None else None
-        if tag == "$tensor":
-            return self._new_tensor(argument, like).value
-        if tag == "$ndarray":
-            fresh = self._new_tensor(argument, None)
-            return lambda: fresh.value().cpu().numpy()
-        if tag == "$sparse":
-            parts = {part: self.new(item, path) for part, item in argument["parts"].items()}
-            return lambda: _sparse(argument, {part: thunk() for part, thunk in parts.items()})
-        if tag == "$object":
-            self.objects.setdefault(argument, None)
-            return lambda: self.objects[argument]
-        if tag in ("$tuple", "$set", "$frozenset") or isinstance(node, list):
-            items = [
-                self.new(item, names.child_path(path, i), like)
-                for i, item in enumerate(node if tag is None else argument)
-            ]
-            kind = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}.get(tag or "", list)
-            return lambda: kind(item() for item in items)
-        saved = self.items(node, path)
-        if saved is not None:
-            made = {key: self.new(value, names.child_path(path, key), like) for key, value in saved.items()}
-
-            def fill() -> Any:
-                empty = values.empty_dict_of(node) if tag not in ("$module", "$optimizer") else {}
-                dict.update(empty, {key: thunk() for key, thunk in made.items()})  # a Counter's own update would add
-                return empty
-
-            return fill
-        value = values.decode_scalar(node, path)
-        return lambda: value
-
-    def _new_tensor(self, name: str, like: Tensor | None) -> Fresh:
-        entry = self.entry(name)
-        fqn = self.manifest.aliases.get(name, name)
-        if like is None and fqn in self._made:
-            return self._made[fqn]
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise CorruptCheckpointError(f"tensor {fqn!r} has dtype {entry.dtype!r}, which this torch does not know.")
-        if like is not None:
-            fresh = Fresh(fqn, entry, lambda: _beside(like, entry, dtype), lambda tensor: tensor)
-        else:
-            fresh = Fresh(
-                fqn,
-                entry,
-                lambda: torch.empty(tuple(entry.shape), dtype=dtype),
-                lambda tensor: self._relocate(tensor, entry.location),
-            )
-            self._made[fqn] = fresh
-        self.restored.append(fqn)
-        self.fresh.append(fresh)
-        return fresh
+        if type(live) is tuple:
+            return lambda: tuple([thunk() for thunk in thunks])
+        return lambda: _replace(live, [thunk() for thunk in thunks])
 
 
-def _beside(parameter: Tensor, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
-    """Room for optimizer state: sharded like its parameter where it has its shape; a step counter stays on the CPU."""
-    if tuple(entry.shape) == tuple(parameter.shape):
-        return torch.empty_like(parameter.detach(), dtype=dtype)
-    device = "cpu" if entry.location == "cpu" else parameter.device
-    return torch.empty(tuple(entry.shape), dtype=dtype, device=device)
+def _replace(live: list[Any], items: list[Any]) -> list[Any]:
+    live[:] = items
+    return live
 
 
-def _sparse(node: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
-    size = torch.Size(node["size"])
-    if node["layout"] == "sparse_coo":
-        return torch.sparse_coo_tensor(parts["indices"], parts["values"], size, is_coalesced=node["coalesced"])
-    compressed, plain = ("crow", "col") if "crow_indices" in parts else ("ccol", "row")
-    return torch.sparse_compressed_tensor(
-        parts[f"{compressed}_indices"],
-        parts[f"{plain}_indices"],
-        parts["values"],
-        size,
-        layout=getattr(torch, node["layout"]),
-    )
+def holds_live(value: Any) -> bool:
+    """Whether a container holds, at any depth, something that is restored in place and not just replaced."""
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Tensor) or names.is_module(item) or names.is_optimizer(item):
+            return True
+        if isinstance(item, (dict, list, tuple)):
+            if id(item) not in seen:
+                seen.add(id(item))
+                todo += item.values() if isinstance(item, dict) else item
+        elif names.is_stateful(item):
+            return True
+    return False

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from shardckpt.state import names, values
-from shardckpt.state.leaves import is_raw_tensor, is_uninitialised, storage_key
+from shardckpt.state.leaves import is_distributed, is_raw_tensor, is_uninitialised, storage_key
 from shardckpt.state.skeleton import tensor_name
 
 if TYPE_CHECKING:
-    from shardckpt.state.match import Match, Thunk
+    from shardckpt.state.fresh import Thunk
+    from shardckpt.state.match import Match
 
 Json = Any
 
@@ -30,7 +31,7 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
         return lambda: live
     state_dict = live.state_dict if isinstance(live, names.ModuleState) else module.state_dict()
     cleaned = names.clean_names(module, list(state_dict))
-    storages = {storage_key(t) for t in [*module.parameters(), *module.buffers()] if not is_uninitialised(t)}
+    owned = {storage_key(t) for t in [*module.parameters(), *module.buffers()] if not is_uninitialised(t)} - {None}
     thunks: dict[str, Thunk] = {}
     missing = []
     in_place = True
@@ -41,12 +42,16 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
             missing.append(child)
             continue
         raw_live = isinstance(value, Tensor) and is_raw_tensor(value) and not is_uninitialised(value)
-        if raw_live and storage_key(value) in storages:
+        # One without data is refused where it is matched.
+        if raw_live and (value.is_meta or storage_key(value) in owned):
             thunks[raw] = match.tensor(value, saved[clean], child)
             continue
         in_place = False
         name = tensor_name(saved[clean])
-        if not raw_live or name is None or match.fits(value, name, child):
+        if raw_live and name is not None and is_distributed(value):
+            # A hook made it; loading code will want one that is sharded alike.
+            thunks[raw] = match.tensor(value, saved[clean], child)
+        elif not raw_live or name is None or match.fits(value, name, child):
             thunks[raw] = match.new(saved[clean], child)
     unexpected = [clean for clean in saved if clean not in set(cleaned.values())]
     if (missing or unexpected) and _renames_on_load(module):
@@ -59,13 +64,14 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
     match.differences.unexpected += [names.child_path(path, clean) for clean in unexpected]
     if in_place and not _customises_loading(module):
         return lambda: ([thunk() for thunk in thunks.values()], live)[1]
+    paths = names.clean_paths(module)
     versions = node["$module"]["versions"] if values.tag_of(node) == "$module" else {}
     strict = match.strict
 
     def place() -> Any:
         loaded = collections.OrderedDict((raw, thunk()) for raw, thunk in thunks.items())
         loaded._metadata = {  # type: ignore[attr-defined]  # torch passes modules' versions this way
-            name: {"version": versions.get(name, 1)} for name, _ in module.named_modules()
+            name: {"version": versions.get(clean, 1)} for name, clean in paths.items()
         }
         module.load_state_dict(loaded, strict=strict)
         return live

@@ -5,13 +5,14 @@ the prefixes that wrappers add. Optimizer state is keyed by that name, so it fin
 sharding, any order of param groups and any number of processes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
 
 from shardckpt.errors import UsageError
+from shardckpt.state.skeleton import MAX_DEPTH
 
 _WRAPPER_SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes under which torch.compile, FSDP1 and activation checkpointing keep the module they wrap."""
@@ -31,6 +32,13 @@ class OptimizerState(NamedTuple):
     state_dict: Mapping[str, Any]
     modules: Mapping[str, nn.Module] = {}
     """Modules by their place in a state, which name its parameters where the state at hand lacks them."""
+
+
+class Share(dict[str, Any]):
+    """What a rank adds to rank 0's state: tensors, and nothing else that rank 0 would not have.
+
+    Its plain values and containers are not compared with rank 0's, and are not saved.
+    """
 
 
 def is_module(value: Any) -> TypeGuard[nn.Module | ModuleState]:
@@ -58,63 +66,101 @@ def optimizer_of(value: torch.optim.Optimizer | OptimizerState) -> torch.optim.O
     return value.optimizer if isinstance(value, OptimizerState) else value
 
 
+def check_root(state: Any) -> None:
+    """Raise UsageError for what cannot be a state."""
+    if not (isinstance(state, dict) or is_module(state) or is_optimizer(state) or is_stateful(state)):
+        raise UsageError(
+            "a state is a dict, a module, an optimizer or an object with state_dict/load_state_dict, not "
+            f"{type(state).__name__}."
+        )
+
+
 def child_path(path: str, key: Any) -> str:
-    """The name of what lies under ``key`` of the container named ``path``."""
-    name = key if isinstance(key, str) else str(key)
+    """The name of what lies under ``key`` of the container named ``path``. It is always valid Unicode."""
+    name = str(key)
+    if not name.isascii():
+        name = name.encode("utf-8", "backslashreplace").decode()
     return f"{path}.{name}" if path else name
 
 
-def iter_modules(state: Any, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def unique(name: str, is_taken: Callable[[str], bool]) -> str:
+    """``name``, or the first of ``name~2``, ``name~3``, ... that is not taken."""
+    found, count = name, 1
+    while is_taken(found):
+        count += 1
+        found = f"{name}~{count}"
+    return found
+
+
+def iter_modules(state: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, nn.Module]]:
     """Every module of a state with its place, in the order in which the state lists them."""
+    if depth > MAX_DEPTH:  # flattening or matching says what is wrong
+        return
     if is_module(state):
         yield path, module_of(state)
     elif isinstance(state, dict):
         for key, value in state.items():
-            yield from iter_modules(value, child_path(path, key))
+            yield from iter_modules(value, child_path(path, key), depth + 1)
     elif type(state) in (list, tuple):
         for index, value in enumerate(state):
-            yield from iter_modules(value, child_path(path, index))
+            yield from iter_modules(value, child_path(path, index), depth + 1)
 
 
 def clean_names(module: nn.Module, names: list[str]) -> dict[str, str]:
     """Each raw state-dict key of ``module`` without wrapper prefixes; raises UsageError where two become one."""
-    prefixes = sorted(_wrapper_prefixes(module), key=len, reverse=True)
+    prefixes = _wrapper_prefixes(module)
     cleaned: dict[str, str] = {}
     taken: dict[str, str] = {}
     for raw in names:
-        name = raw
-        for prefix in prefixes:
-            if name.startswith(prefix):
-                parent = prefix[:-1].rpartition(".")[0]
-                name = (parent + "." if parent else "") + name[len(prefix) :]
+        name = _without(prefixes, raw)
         if name in taken:
             raise UsageError(
-                f"{taken[name]!r} and {raw!r} of {type(module).__name__} are both called {name!r} once wrapper"
-                " prefixes are removed. Rename one of them, or save the two modules under different keys of the"
-                " state."
+                f"{taken[name]!r} and {raw!r} of {type(module).__name__} are both called {name!r} once wrapper "
+                "prefixes are removed. Rename one of them, or save the two modules under different keys of the state."
             )
         taken[name] = raw
         cleaned[raw] = name
     return cleaned
 
 
-def _wrapper_prefixes(module: nn.Module) -> Iterator[str]:
+def clean_paths(module: nn.Module) -> dict[str, str]:
+    """The path of each module in ``module``, itself included, without wrapper prefixes."""
+    prefixes = _wrapper_prefixes(module)
+    return {raw: _without(prefixes, f"{raw}.")[:-1] for raw, _ in module.named_modules(remove_duplicate=False)}
+
+
+def _without(prefixes: list[str], name: str) -> str:
+    for prefix in prefixes:
+        if name.startswith(prefix):
+            parent = prefix[:-1].rpartition(".")[0]
+            name = (parent + "." if parent else "") + name[len(prefix) :]
+    return name
+
+
+def _wrapper_prefixes(module: nn.Module) -> list[str]:
+    """What wrappers put before the names of what they wrap, longest first, so that nested ones go one by one."""
+    found = []
     for path, child in module.named_modules(remove_duplicate=False):
         head = path + "." if path else ""
         if isinstance(child, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            yield head + "module."
+            found.append(head + "module.")
         if path and path.rpartition(".")[2] in _WRAPPER_SEGMENTS:
-            yield head
+            found.append(head)
+    return sorted(found, key=len, reverse=True)
 
 
 def parameter_names(state: Any) -> dict[int, str]:
     """The FQN of every parameter of every module in ``state``, by ``id``; the first name of a tied one counts."""
     found: dict[int, str] = {}
+    taken: set[str] = set()
     for path, module in iter_modules(state):
         parameters = list(module.named_parameters(remove_duplicate=False))
         cleaned = clean_names(module, [raw for raw, _ in parameters])
         for raw, parameter in parameters:
-            found.setdefault(id(parameter), child_path(path, cleaned[raw]))
+            if id(parameter) not in found:
+                # Modules at "a" and "a.b" may both have an "a.b.w".
+                found[id(parameter)] = unique(child_path(path, cleaned[raw]), taken.__contains__)
+                taken.add(found[id(parameter)])
     return found
 
 
@@ -123,21 +169,30 @@ def optimizer_parameter_names(
 ) -> list[list[str]]:
     """The FQN of each parameter, param group by param group; ``names`` are those of the state's modules.
 
-    A parameter outside every module is called by its place: ``param_groups.<group>.<index>``.
+    A parameter outside every module is called by its place.
     """
     if isinstance(value, OptimizerState):
         names = dict(names) | parameter_names(dict(value.modules))
     return [
-        [names.get(id(parameter), f"param_groups.{g}.{i}") for i, parameter in enumerate(group["params"])]
+        [names.get(id(parameter), place_in_groups(g, i)) for i, parameter in enumerate(group["params"])]
         for g, group in enumerate(optimizer_of(value).param_groups)
     ]
 
 
-def is_torch_format(state_dict: Any) -> bool:
-    """Whether an optimizer's state dict is torch's: ``state`` by index and ``param_groups`` that list the indices."""
+def place_in_groups(group: int, index: int) -> str:
+    """The name of a parameter outside every module."""
+    return f"param_groups.{group}.{index}"
+
+
+def is_torch_format(state_dict: Any, named: list[list[str]]) -> bool:
+    """Whether an optimizer's state dict is torch's: ``state`` by index and ``param_groups`` that list the indices.
+
+    ``named`` are the names of the optimizer's parameters, group by group, for which there must be as many indices.
+    """
     return (
         isinstance(state_dict, Mapping)
         and isinstance(state_dict.get("state"), Mapping)
         and isinstance(state_dict.get("param_groups"), list)
         and all(isinstance(group, Mapping) and "params" in group for group in state_dict["param_groups"])
+        and [len(group["params"]) for group in state_dict["param_groups"]] == [len(group) for group in named]
     )

@@ -1,23 +1,27 @@
 """Optimizers as restore targets: state finds its parameter by name, and nothing is ever stepped."""
+# ruff: noqa: SLF001 - torch offers no public way to ask an optimizer for its loading hooks
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from shardckpt.manifest import TensorEntry
 from shardckpt.state import names, values
 from shardckpt.state.skeleton import optimizer_node
 
 if TYPE_CHECKING:
-    from shardckpt.state.match import Match, Thunk
+    from shardckpt.state.fresh import Thunk
+    from shardckpt.state.match import Match
 
 Json = Any
+Optimizer = torch.optim.Optimizer
 
 
-def match_optimizer(
-    match: "Match", live: torch.optim.Optimizer | names.OptimizerState, node: Json, path: str
-) -> "Thunk":
+def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node: Json, path: str) -> "Thunk":
     """Match an optimizer with what was saved of one.
 
     State that the optimizer has already is read in place. State that it lacks is allocated, shaped and sharded like its
@@ -26,48 +30,70 @@ def match_optimizer(
     """
     optimizer = names.optimizer_of(live)
     live_names = names.optimizer_parameter_names(live, match.parameters)
+    if optimizer_node(node) is None and _speaks_for_itself(optimizer, live_names):
+        value = match.new(node, path)
+        return lambda: (optimizer.load_state_dict(value()), live)[1]
     body = optimizer_node(node) or _named(match, node, live_names, path)
     if body is None:
         match.differences.mismatched.append(
             f"{path or 'the root'}: an optimizer here, something else in the checkpoint"
         )
         return lambda: live
-    saved_names = {name for group in body["param_groups"] for name in group["params"]}
+    body = _by_place(body, live_names)
+    saved_names = dict.fromkeys(name for group in body["param_groups"] for name in group["params"])
     parameters = {
         name: parameter
         for group, group_names in zip(optimizer.param_groups, live_names, strict=True)
         for name, parameter in zip(group_names, group["params"], strict=True)
     }
-    match.differences.missing += [_in(path, f"param_groups: {name}") for name in parameters if name not in saved_names]
-    match.differences.unexpected += [_in(path, f"param_groups: {name}") for name in saved_names - parameters.keys()]
+    groups_path = names.child_path(path, "param_groups")
+    match.differences.missing += [f"{groups_path}: {name}" for name in parameters if name not in saved_names]
+    match.differences.unexpected += [f"{groups_path}: {name}" for name in saved_names if name not in parameters]
+    saved_groups = _saved_groups(live_names, body["param_groups"])
+    step_on_device = {
+        name: saved is not None and _counts_on_device(saved["options"])
+        for group_names, saved in zip(live_names, saved_groups, strict=True)
+        for name in group_names
+    }
+    state_path = names.child_path(path, "state")
     state = {
         name: _match_state(
-            match, optimizer.state.get(parameters[name], {}), parameters[name], item, _in(path, f"state.{name}")
+            match,
+            optimizer.state.get(parameters[name], {}),
+            parameters[name],
+            item,
+            names.child_path(state_path, name),
+            step_on_device[name],
         )
         for name, item in body["state"].items()
         if name in parameters
     }
     options: list[Thunk] = [
-        match.new(saved["options"], _in(path, f"param_groups.{index}")) if saved is not None else dict
-        for index, saved in enumerate(_saved_groups(live_names, body["param_groups"]))
+        match.new(saved["options"], names.child_path(groups_path, index)) if saved is not None else dict
+        for index, saved in enumerate(saved_groups)
     ]
-    loose = match.new({"$dict": body.get("loose", [])}, _in(path, "state"))
+    loose = match.new({"$dict": body.get("loose", [])}, state_path)
     rest = match.new(body.get("rest", {}), path)
 
     def place() -> Any:
         named_state = {name: {key: thunk() for key, thunk in thunks.items()} for name, thunks in state.items()}
-        group_options = [thunk() for thunk in options]
-        if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict and not _has_load_hooks(optimizer):
-            _place_directly(optimizer, parameters, saved_names, named_state, loose(), group_options)
+        state_dict = _as_state_dict(live_names, named_state, loose(), [thunk() for thunk in options], rest())
+        if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+            _load_state_dict(optimizer, state_dict, [parameters[name] for name in saved_names if name in parameters])
         else:
-            optimizer.load_state_dict(_as_state_dict(live_names, named_state, loose(), group_options, rest()))
+            optimizer.load_state_dict(state_dict)
         return live
 
     return place
 
 
-def _in(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def _speaks_for_itself(optimizer: Optimizer, live_names: list[list[str]]) -> bool:
+    """Whether an optimizer has a state dict of a form of its own, and its own code to load it."""
+    return (
+        type(optimizer).load_state_dict is not Optimizer.load_state_dict
+        and type(optimizer).state_dict is not Optimizer.state_dict
+        and not names.is_torch_format(optimizer.state_dict(), live_names)
+    )
 
 
 def _named(match: "Match", node: Json, live_names: list[list[str]], path: str) -> dict[str, Json] | None:
@@ -78,34 +104,66 @@ def _named(match: "Match", node: Json, live_names: list[list[str]], path: str) -
     groups: list[dict[str, Json]] = []
     by_index: dict[Any, str] = {}
     for index, group_node in enumerate(items["param_groups"]):
-        group = dict(values.pairs_of(group_node) or [])
+        group = match.items(group_node, path) or {}
         numbers = group.pop("params", [])
         group_names: list[str] = live_names[index] if index < len(live_names) else []
-        if len(group_names) != len(numbers):
+        if not isinstance(numbers, list) or len(group_names) != len(numbers):
+            place = names.child_path(path, f"param_groups.{index}")
+            found = len(numbers) if isinstance(numbers, list) else "none"
             match.differences.mismatched.append(
-                f"{_in(path, f'param_groups.{index}')}: {len(group_names)} parameters here, {len(numbers)} in the "
-                f"checkpoint"
+                f"{place}: {len(group_names)} parameters here, {found} in the checkpoint"
             )
             return {"state": {}, "param_groups": []}
         by_index.update(zip(numbers, group_names, strict=True))
         groups.append({"params": group_names, "options": group})
-    state_items = match.items(items["state"], path) or {}
-    state = {by_index[number]: item for number, item in state_items.items() if number in by_index}
-    return {"state": state, "param_groups": groups}
+    state = [(match.key(key, path), key, item) for key, item in values.pairs_of(items["state"]) or []]
+    rest = [[key, item] for key, item in values.pairs_of(node) or [] if key not in ("state", "param_groups")]
+    return {
+        "state": {by_index[index]: item for index, _, item in state if index in by_index},
+        "loose": [[key, item] for index, key, item in state if index not in by_index],
+        "param_groups": groups,
+        "rest": {"$dict": rest},
+    }
+
+
+def _by_place(body: dict[str, Json], live_names: list[list[str]]) -> dict[str, Json]:
+    """``body`` with the names of the live parameters where one side knows no names but places in param groups.
+
+    So an optimizer finds its state again whether or not its module was saved, or is restored, beside it.
+    """
+    saved_names = [group["params"] for group in body["param_groups"]]
+    known = {name for group in saved_names for name in group} & {name for group in live_names for name in group}
+    renamed: dict[str, str] = {}
+    for index, (ours, theirs) in enumerate(zip(live_names, saved_names, strict=False)):
+        if len(ours) != len(theirs):
+            continue
+        for position, (live, saved) in enumerate(zip(ours, theirs, strict=True)):
+            place = names.place_in_groups(index, position)
+            if place in (live, saved) and live not in known and saved not in known:
+                renamed[saved] = live
+    if not renamed:
+        return body
+    return {
+        **body,
+        "state": {renamed.get(name, name): item for name, item in body["state"].items()},
+        "param_groups": [
+            {**group, "params": [renamed.get(name, name) for name in group["params"]]} for group in body["param_groups"]
+        ],
+    }
 
 
 def _match_state(
-    match: "Match", live: Mapping[str, Any], parameter: Tensor, node: Json, path: str
+    match: "Match", live: Mapping[str, Any], parameter: Tensor, node: Json, path: str, step_on_device: bool
 ) -> "dict[Any, Thunk]":
     thunks: dict[Any, Thunk] = {}
     for key, item in (match.items(node, path) or {}).items():
-        child = f"{path}.{key}"
+        child = names.child_path(path, key)
         value = live.get(key)
         name = item.get("$tensor") if isinstance(item, dict) else None
         if isinstance(value, Tensor) and name is not None and _same_kind(match, value, name):
             thunks[key] = match.tensor(value, item, child)
         else:
-            thunks[key] = match.new(item, child, like=parameter)
+            thunks[key] = match.new(item, child, Beside(parameter, is_step=key == "step" and not step_on_device))
     return thunks
 
 
@@ -113,6 +171,34 @@ def _same_kind(match: "Match", live: Tensor, name: str) -> bool:
     """Whether live optimizer state can take the stored tensor; if not, it is replaced, as torch's own loading does."""
     entry = match.entry(name)
     return tuple(live.shape) == tuple(entry.shape) and str(live.dtype) == f"torch.{entry.dtype}"
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """Room for optimizer state: on its parameter's device, and sharded like it where it has its shape."""
+
+    parameter: Tensor
+    is_step: bool
+    """It is a step counter that is counted on the CPU; the policy is that of torch's ``Optimizer.load_state_dict``."""
+
+    def _is_shaped(self, entry: TensorEntry) -> bool:
+        return not self.is_step and tuple(entry.shape) == tuple(self.parameter.shape)
+
+    def key(self, entry: TensorEntry) -> Hashable:
+        sharded = isinstance(self.parameter, DTensor) and self._is_shaped(entry)
+        return self.parameter.device, self.is_step, id(self.parameter) if sharded else None
+
+    def make(self, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+        if self._is_shaped(entry):
+            return torch.empty_like(self.parameter.detach(), dtype=dtype)
+        device = "cpu" if self.is_step and entry.location == "cpu" else self.parameter.device
+        return torch.empty(tuple(entry.shape), dtype=dtype, device=device)
+
+
+def _counts_on_device(options: Json) -> bool:
+    """Whether the options of a param group have its step counters live where the parameters do."""
+    pairs = [(key, value) for key, value in values.pairs_of(options) or [] if isinstance(key, str)]
+    return any(key in ("fused", "capturable") and value is True for key, value in pairs)
 
 
 def _saved_groups(live_names: list[list[str]], saved: list[dict[str, Json]]) -> list[dict[str, Json] | None]:
@@ -128,37 +214,6 @@ def _saved_groups(live_names: list[list[str]], saved: list[dict[str, Json]]) -> 
     return found
 
 
-def _has_load_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    # torch offers no public way to ask; both exist since 2.0.
-    return bool(
-        optimizer._optimizer_load_state_dict_pre_hooks  # noqa: SLF001
-        or optimizer._optimizer_load_state_dict_post_hooks  # noqa: SLF001
-    )
-
-
-def _place_directly(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, Tensor],
-    saved_names: set[str],
-    state: Mapping[str, dict[Any, Any]],
-    loose: dict[Any, Any],
-    options: list[dict[str, Any]],
-) -> None:
-    """What ``Optimizer.load_state_dict`` does, less its cast of state to the parameter's dtype, which loses bits."""
-    for name, parameter in parameters.items():
-        if name in state:
-            optimizer.state[parameter] = state[name]
-        elif name in saved_names:
-            optimizer.state.pop(parameter, None)
-    optimizer.state.update(loose)
-    for group, group_options in zip(optimizer.param_groups, options, strict=True):
-        names_of_its_own = group.get("param_names")
-        group.update(group_options)
-        if names_of_its_own is not None:
-            group["param_names"] = names_of_its_own
-    optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
-
-
 def _as_state_dict(
     live_names: list[list[str]],
     state: Mapping[str, dict[Any, Any]],
@@ -166,7 +221,7 @@ def _as_state_dict(
     options: list[dict[str, Any]],
     rest: dict[str, Any],
 ) -> dict[str, Any]:
-    """Torch's state dict for an optimizer that has loading code of its own."""
+    """Torch's state dict of what was saved, for the live optimizer's groups."""
     index_of: dict[str, int] = {}
     groups = []
     for group_names, group_options in zip(live_names, options, strict=True):
@@ -175,3 +230,32 @@ def _as_state_dict(
         groups.append(group_options | {"params": [index_of[name] for name in group_names]})
     by_index: dict[Any, Any] = {index_of[name]: values for name, values in state.items()}
     return {"state": by_index | loose, "param_groups": groups} | rest
+
+
+def _load_state_dict(optimizer: Optimizer, state_dict: dict[str, Any], saved: list[Tensor]) -> None:
+    """What ``Optimizer.load_state_dict`` does, less its cast of state to the parameter's dtype, which loses bits.
+
+    ``saved`` are the parameters that the checkpoint knows; others keep the state they have.
+    """
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = pre_hook(optimizer, state_dict) or state_dict
+    groups = state_dict["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
+        raise ValueError("a load_state_dict hook has changed the number of parameters in the param groups")
+    parameter_of = {
+        index: parameter
+        for group, live_group in zip(groups, optimizer.param_groups, strict=True)
+        for index, parameter in zip(group["params"], live_group["params"], strict=True)
+    }
+    for parameter in saved:
+        optimizer.state.pop(parameter, None)
+    for key, value in state_dict["state"].items():
+        optimizer.state[parameter_of.get(key, key)] = value
+    for group, live_group in zip(groups, optimizer.param_groups, strict=True):
+        own_names = live_group.get("param_names")
+        live_group.update({key: value for key, value in group.items() if key != "params"})
+        if own_names is not None:
+            live_group["param_names"] = own_names
+    optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)

@@ -1,11 +1,14 @@
 """Questions about a saved skeleton that need no live state."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from shardckpt.state import values
 
 Json = Any
+
+MAX_DEPTH: Final = 100
+"""Containers within containers: deeper states are refused, so that walking over one never ends in a RecursionError."""
 
 
 def module_entries(node: Json) -> dict[str, Json] | None:
@@ -34,7 +37,8 @@ def as_torch_format(node: Json) -> Json:
         index += len(numbers)
         for name, number in zip(group["params"], numbers, strict=True):
             indices.setdefault(name, number)
-        groups.append(dict(values.pairs_of(group["options"]) or []) | {"params": numbers})
+        options = values.pairs_of(group["options"]) or []
+        groups.append({"$dict": [*options, ["params", numbers]]})
     state = [[indices[name], value] for name, value in body["state"].items() if name in indices]
     rest = values.pairs_of(body.get("rest", {})) or []
     return {"state": {"$dict": state + body.get("loose", [])}, "param_groups": groups} | dict(rest)
@@ -64,10 +68,14 @@ def merge(first: Json, second: Json) -> Json:
     """Two ranks' skeletons as one: everything of ``first``, and of ``second`` the places that ``first`` lacks."""
     if isinstance(first, dict) and isinstance(second, dict):
         tag, other = values.tag_of(first), values.tag_of(second)
+        if {tag, other} == {None, "$dict"}:  # the keys of one rank are all strings, those of another are not
+            return {"$dict": _merge_pairs(_pair_lists(first), _pair_lists(second))}
         if tag != other:
             return first
         if tag in ("$dict", "$ordered", "$counter"):
             return {tag: _merge_pairs(first[tag], second[tag])}
+        if tag == "$tuple":
+            return {tag: merge(first[tag], second[tag])}
         if tag == "$defaultdict":
             return {tag: [first[tag][0], _merge_pairs(first[tag][1], second[tag][1])]}
         if tag == "$optimizer":
@@ -83,6 +91,10 @@ def merge(first: Json, second: Json) -> Json:
         # Plain values come from the lowest rank; only tensors make a longer list of a higher rank worth having.
         return merged + tail if contains_tensor(tail) else merged
     return first
+
+
+def _pair_lists(node: Json) -> list[list[Json]]:
+    return [[key, value] for key, value in values.pairs_of(node) or []]
 
 
 def _merge_pairs(first: list[list[Json]], second: list[list[Json]]) -> list[list[Json]]:

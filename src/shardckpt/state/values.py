@@ -9,11 +9,13 @@ stands as an object with a single key that starts with ``$``:
     {"$tuple": [...]}     {"$set": [...]}     {"$frozenset": [...]}
     {"$dict": [[k, v]]}   {"$ordered": [[k, v]]}   {"$counter": [[k, v]]}   {"$defaultdict": [factory, [[k, v]]]}
     {"$int": "..."}       {"$float": "nan"}   {"$complex": ["re", "im"]}   {"$bytes": base64}   {"$str": base64}
-    {"$size": [...]}      {"$dtype": "..."}   {"$device": "..."}   {"$path": "..."}   {"$numpy": [dtype, base64]}
+    {"$size": [...]}      {"$dtype": "..."}   {"$device": "..."}   {"$numpy": [dtype, base64]}
+    {"$path": "..."}      {"$purepath": ["PurePosixPath", "..."]}
     {"$datetime": iso}    {"$date": iso}      {"$time": iso}       {"$timedelta": [days, seconds, microseconds]}
 
 `shardckpt.state.flatten` adds the tags of tensors' companions: ``$module``, ``$optimizer``, ``$sparse``, ``$ndarray``.
-Types are matched exactly: a subclass (an enum, a namedtuple) is not its base, and is pickled instead.
+Types are matched exactly: a subclass (an enum, a namedtuple) is not its base, and is pickled instead. The same goes for
+a time in a named zone, which its offset alone would not bring back.
 """
 
 import base64
@@ -21,6 +23,7 @@ import collections
 import datetime
 import math
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -36,6 +39,17 @@ _SAFE_INT: Final = 1 << 53
 FACTORIES: Final[dict[str, type]] = {t.__name__: t for t in (list, dict, set, tuple, int, float, str, bool, bytes)}
 """The default factories of a defaultdict that need no pickle; torch's own ``weights_only`` admits these builtins."""
 
+_DECIMAL_BITS: Final = 4096
+"""Past this, an int is written in hexadecimal: Python refuses to convert very long decimals, and to be made to."""
+
+_PURE_PATHS: Final[dict[str, type[pathlib.PurePath]]] = {
+    "PurePosixPath": pathlib.PurePosixPath,
+    "PureWindowsPath": pathlib.PureWindowsPath,
+}
+
+_NUMPY_DTYPE: Final = re.compile(r"[<>|=][?a-zA-Z]\d*(?:\[\d*[a-zA-Z]+\])?")
+"""What ``numpy.dtype.str`` looks like where it is no structure; `numpy.dtype` itself understands far more."""
+
 NOT_PLAIN: Final = object()
 """What `encode_scalar` returns for a value that is none of ours."""
 
@@ -48,24 +62,44 @@ def _encode_str(value: str) -> Json:
     return value
 
 
+def _encode_int(value: int) -> Json:
+    if abs(value) <= _SAFE_INT:
+        return value
+    return {"$int": str(value) if value.bit_length() <= _DECIMAL_BITS else hex(value)}
+
+
 def _encode_float(value: float) -> Json:
     return value if math.isfinite(value) else {"$float": repr(value)}
+
+
+def _encode_time(value: datetime.datetime | datetime.time) -> Json:
+    zone = value.tzinfo
+    is_offset = zone is None or (
+        type(zone) is datetime.timezone
+        and zone.tzname(None) == datetime.timezone(zone.utcoffset(None)).tzname(None)  # no name of its own
+    )
+    if value.fold or not is_offset:
+        return NOT_PLAIN
+    return {"$datetime" if isinstance(value, datetime.datetime) else "$time": value.isoformat()}
 
 
 _ENCODERS: Final[dict[type, Callable[[Any], Json]]] = {
     type(None): lambda _: None,
     bool: lambda value: value,
     str: _encode_str,
-    int: lambda value: value if abs(value) <= _SAFE_INT else {"$int": str(value)},
+    int: _encode_int,
     float: _encode_float,
     complex: lambda value: {"$complex": [repr(value.real), repr(value.imag)]},
     bytes: lambda value: {"$bytes": base64.b64encode(value).decode()},
     torch.Size: lambda value: {"$size": list(value)},
     torch.dtype: lambda value: {"$dtype": str(value).removeprefix("torch.")},
     torch.device: lambda value: {"$device": str(value)},
-    datetime.datetime: lambda value: {"$datetime": value.isoformat()} if value.tzname() is None else NOT_PLAIN,
+    type(pathlib.Path()): lambda value: {"$path": _encode_str(str(value))},
+    pathlib.PurePosixPath: lambda value: {"$purepath": ["PurePosixPath", _encode_str(str(value))]},
+    pathlib.PureWindowsPath: lambda value: {"$purepath": ["PureWindowsPath", _encode_str(str(value))]},
+    datetime.datetime: _encode_time,
     datetime.date: lambda value: {"$date": value.isoformat()},
-    datetime.time: lambda value: {"$time": value.isoformat()} if value.tzinfo is None else NOT_PLAIN,
+    datetime.time: _encode_time,
     datetime.timedelta: lambda value: {"$timedelta": [value.days, value.seconds, value.microseconds]},
 }
 
@@ -73,13 +107,7 @@ _ENCODERS: Final[dict[type, Callable[[Any], Json]]] = {
 def encode_scalar(value: Any) -> Json:
     """The JSON of a value that holds no other values, or `NOT_PLAIN`."""
     encoder = _ENCODERS.get(type(value))
-    if encoder is not None:
-        return encoder(value)
-    if isinstance(value, (datetime.datetime, datetime.time)):
-        return NOT_PLAIN
-    if isinstance(value, pathlib.PurePath):
-        return {"$path": str(value)}
-    return _encode_numpy(value)
+    return _encode_numpy(value) if encoder is None else encoder(value)
 
 
 def _encode_numpy(value: Any) -> Json:
@@ -90,35 +118,72 @@ def _encode_numpy(value: Any) -> Json:
 
     if not isinstance(value, numpy.generic) or value.dtype.hasobject or value.dtype.names is not None:
         return NOT_PLAIN
-    return {"$numpy": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
+    # A string without characters has zeros for bytes, were one to ask numpy.
+    data = value.encode("utf-32-le", "surrogatepass") if isinstance(value, numpy.str_) else value.tobytes()
+    return {"$numpy": [value.dtype.str, base64.b64encode(data).decode()]}
 
 
 def _decode_numpy(argument: list[str]) -> Any:
     import numpy
 
-    dtype = numpy.dtype(argument[0])
-    if dtype.hasobject:
-        raise ValueError(f"numpy dtype {argument[0]!r} would hold objects")
-    return numpy.frombuffer(base64.b64decode(argument[1], validate=True), dtype=dtype, count=1)[0]
+    name, text = argument
+    if not _NUMPY_DTYPE.fullmatch(name) or (dtype := numpy.dtype(name)).hasobject:
+        raise ValueError(f"{name!r} is no dtype of a plain numpy scalar")
+    data = base64.b64decode(text, validate=True)
+    # Arrays drop the zeros at a string's end, and have no strings without characters.
+    if dtype.kind == "S":
+        return numpy.bytes_(data)
+    if dtype.kind == "U":
+        return numpy.str_(data.decode("utf-32-le", "surrogatepass"))
+    if len(data) != dtype.itemsize:
+        raise ValueError(f"{len(data)} bytes for a numpy scalar of {dtype.itemsize}")
+    return numpy.frombuffer(data, dtype=dtype)[0] if data else numpy.zeros((), dtype)[()]
+
+
+def _decode_str(node: Json) -> str:
+    """A string, or the node of one that is no UTF-8."""
+    value = node if isinstance(node, str) else _DECODERS["$str"](node["$str"])
+    return str(value)
+
+
+def _decode_int(argument: str) -> int:
+    return int(argument, 0)
+
+
+def _decode_float(argument: str) -> float:
+    if not isinstance(argument, str):
+        raise TypeError(f"{type(argument).__name__} in place of a float's repr")
+    return float(argument)
+
+
+def _decode_pure_path(argument: list[Json]) -> pathlib.PurePath:
+    kind, text = argument
+    return _PURE_PATHS[kind](_decode_str(text))
+
+
+def _decode_complex(argument: list[str]) -> complex:
+    real, imaginary = argument
+    return complex(_decode_float(real), _decode_float(imaginary))
 
 
 def _decode_dtype(argument: str) -> torch.dtype:
-    dtype = getattr(torch, argument, None)
+    dtype = vars(torch).get(argument)  # not getattr: for some names it imports modules
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"this torch has no dtype {argument!r}")
     return dtype
 
 
 _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
-    "$int": int,
-    "$float": float,
-    "$complex": lambda argument: complex(float(argument[0]), float(argument[1])),
+    "$int": _decode_int,
+    "$float": _decode_float,
+    "$complex": _decode_complex,
     "$bytes": lambda argument: base64.b64decode(argument, validate=True),
     "$str": lambda argument: base64.b64decode(argument, validate=True).decode("utf-16-le", "surrogatepass"),
     "$size": torch.Size,
     "$dtype": _decode_dtype,
     "$device": torch.device,
-    "$path": pathlib.Path,
+    "$path": lambda argument: pathlib.Path(_decode_str(argument)),
+    "$purepath": _decode_pure_path,
     "$numpy": _decode_numpy,
     "$datetime": datetime.datetime.fromisoformat,
     "$date": datetime.date.fromisoformat,
@@ -139,11 +204,13 @@ def tag_of(node: Json) -> str | None:
 def decode_scalar(node: Json, path: str) -> Any:
     """The value of a scalar node. Raises CorruptCheckpointError for an unknown tag or an impossible argument."""
     tag = tag_of(node)
-    if tag is None:
-        return node
     try:
+        if tag is None:
+            if isinstance(node, (dict, list)):
+                raise TypeError("it is no single value")
+            return node
         return _DECODERS[tag](node[tag])
-    except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError, ArithmeticError) as error:
         raise CorruptCheckpointError(
             f"the value at {path or 'the root'!r} has tag {tag!r} and cannot be read: {error}. The manifest is damaged."
         ) from error

@@ -8,7 +8,7 @@ import builtins
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from shardckpt.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError
@@ -256,7 +256,7 @@ def _modified(info: dict[str, Any]) -> float | None:
     value = next((info[key] for key in _MODIFIED_KEYS if info.get(key) is not None), None)
     if isinstance(value, str):
         with suppress(ValueError):
-            value = datetime.fromisoformat(value.replace("Z", "+00:00"))
+            value = datetime.fromisoformat(value)
     if isinstance(value, datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     return float(value) if isinstance(value, int | float) else None

@@ -1,160 +1,27 @@
-"""One save, from a flattened state to the commit: what is said between ranks, and what the background does."""
+"""The background half of a save: what each rank writes, and how all of them come to one verdict."""
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
-from shardckpt import commit
-from shardckpt import manifest as mf
+from shardckpt import commit, filenames
 from shardckpt.background import PendingSave
-from shardckpt.box import Box, relative_to, slices
-from shardckpt.codecs import ITEMSIZE, digest, digests_text
-from shardckpt.commit import Found, TensorHead
-from shardckpt.coordinator import Operation, turn
-from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError
+from shardckpt.codecs import digest, digests_text
+from shardckpt.coordinator import Operation
+from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError, UncertainCommitError
+from shardckpt.filenames import MANIFEST
 from shardckpt.manifest import FileEntry, Manifest, ObjectEntry, RankManifest
-from shardckpt.planner import Held, ShardPlan, plan_save
 from shardckpt.reports import SaveReport
-from shardckpt.safetensors_format import entry_key
-from shardckpt.staging import Source
-from shardckpt.state import Flattened
+from shardckpt.saving.structure import Structure
 from shardckpt.storage import Storage
 from shardckpt.workers import THREADS, for_each
 from shardckpt.writer import ShardWriter
 
 log = logging.getLogger(__name__)
-
-_HINT_BYTES: Final = 64 << 20
-"""Bytes that one rank writes while others hold them too, past which a hint about ``replicated=`` is logged once."""
-
-
-class Opening(msgspec.Struct, array_like=True):
-    """What each rank says at the start of a save."""
-
-    structure: str
-    outline: str
-    known: str
-    """Key of the plan that this rank has in store."""
-    may_alias: bool
-
-
-class _WireTensor(msgspec.Struct, array_like=True):
-    fqn: str
-    shape: tuple[int, ...]
-    dtype: str
-    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]
-    split: bool
-    location: str
-
-
-class _WireStructure(msgspec.Struct, array_like=True):
-    tensors: list[_WireTensor]
-    aliases: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Structure:
-    """All that a plan depends on, agreed by all ranks; good for every save of the same structure."""
-
-    key: str
-    plan: ShardPlan
-    """This rank's."""
-    nbytes: int
-    """Of raw data, all ranks together."""
-    heads: dict[str, TensorHead]
-    aliases: dict[str, str]
-    speaks: bool
-    """Whether this rank's skeleton has places that rank 0's lacks, so that it goes into its rank manifest."""
-
-
-def structure_key(openings: Sequence[Opening]) -> str:
-    return digests_text([digest("\0".join(opening.structure for opening in openings).encode())])
-
-
-def agree_on_structure(operation: Operation, flat: Flattened, openings: Sequence[Opening]) -> Structure:
-    """Exchange what every rank holds, and plan. Identical descriptions cross the wire once."""
-    with turn(operation, "describe") as digested:
-        body = msgspec.msgpack.encode(_describe(flat, operation.world_size))
-        digested.word = digests_text([digest(body)]).encode()
-    digests = digested.heard
-    is_first = digests.index(digested.word) == operation.rank
-    bodies = operation.agree("structure", body if is_first else b"")
-    decoded = {
-        mark: msgspec.msgpack.decode(bodies[digests.index(mark)], type=_WireStructure)
-        for mark in dict.fromkeys(digests)
-    }
-    held = {mark: _held(structure) for mark, structure in decoded.items()}
-    plans = plan_save([held[mark] for mark in digests], ITEMSIZE)
-    heads: dict[str, TensorHead] = {}
-    aliases: dict[str, str] = {}
-    for structure in decoded.values():
-        for tensor in structure.tensors:
-            heads.setdefault(tensor.fqn, TensorHead(tensor.dtype, tensor.shape, tensor.location))
-        aliases.update(structure.aliases)
-    if operation.rank == 0:
-        _hint(plans, digests, decoded)
-    return Structure(
-        key=structure_key(openings),
-        plan=plans[operation.rank],
-        nbytes=sum(item.nbytes for plan in plans for item in plan.items),
-        heads=heads,
-        aliases={alias: target for alias, target in aliases.items() if alias not in heads and target in heads},
-        speaks=operation.rank == 0 or openings[operation.rank].outline != openings[0].outline,
-    )
-
-
-def _describe(flat: Flattened, world_size: int) -> _WireStructure:
-    tensors = [
-        _WireTensor(
-            leaf.fqn,
-            leaf.shape,
-            leaf.dtype,
-            [(box.offsets, box.lengths) for box in leaf.boxes],
-            leaf.split,
-            # On several ranks a tensor is on several devices, so its tag names only their type.
-            leaf.location if world_size == 1 else leaf.location.partition(":")[0],
-        )
-        for leaf in flat.tensors.values()
-    ]
-    return _WireStructure(tensors, flat.aliases)
-
-
-def _held(structure: _WireStructure) -> tuple[Held, ...]:
-    return tuple(
-        Held(tensor.fqn, tensor.shape, tensor.dtype, tuple(Box(*box) for box in tensor.boxes), tensor.split)
-        for tensor in structure.tensors
-    )
-
-
-def _hint(plans: Sequence[ShardPlan], digests: Sequence[bytes], decoded: dict[bytes, _WireStructure]) -> None:
-    """Say once that ``replicated=`` would share the writing of what the lowest rank alone now writes."""
-    if len(digests) < 2 or len(decoded) > 1:
-        return
-    whole = {tensor.fqn for tensor in decoded[digests[0]].tensors if not tensor.split}
-    nbytes = sum(item.nbytes for item in plans[0].items if item.fqn in whole)
-    if nbytes >= _HINT_BYTES:
-        log.info(
-            "rank 0 writes %d MiB of tensors that the other ranks hold too, because they may differ by rank. If they"
-            " are equal everywhere, `replicated=True`, or patterns of their names, shares the work.",
-            nbytes >> 20,
-        )
-
-
-def sources(plan: ShardPlan, flat: Flattened) -> list[Source]:
-    """A rank's part of the plan, with the memory each entry is in."""
-    found = []
-    for item in plan.items:
-        leaf = flat.tensors[item.fqn]
-        view = leaf.views[item.held]
-        if leaf.boxes[item.held] != item.box:
-            view = view[slices(relative_to(leaf.boxes[item.held], item.box))]
-        key = entry_key(item.fqn, leaf.shape, item.box)
-        found.append(Source(key, item.fqn, leaf.dtype, item.box, view, item.nbytes))
-    return found
 
 
 @dataclass(frozen=True)
@@ -186,6 +53,8 @@ def settle(
 
 def failure(path: str, error: Exception) -> SaveFailedError:
     """What a failed save raises: the cause, and what is still safe."""
+    if isinstance(error, UncertainCommitError):
+        return error
     reason = str(error) if isinstance(error, ShardckptError) else f"{type(error).__name__}: {error}"
     failed = SaveFailedError(
         f"the save to {path} failed and left no checkpoint behind. Checkpoints committed before it are intact. "
@@ -205,7 +74,7 @@ class Order:
     structure: Structure
     skeleton: Any
     objects: dict[str, bytes]
-    previous: Found | None
+    previous: bytes | None
     """On rank 0: the commit record that this save may replace."""
     commit_timeout: float
     times: Times
@@ -228,13 +97,35 @@ class Order:
         )
 
 
-class SaveJob:
-    """The background half of a save: shard, rank manifest, commit."""
+class Job:
+    """The background half of a save."""
 
-    def __init__(self, order: Order, writer: ShardWriter) -> None:
+    order: Order
+    committed: Manifest | None
+    """On rank 0, once it is."""
+
+    def run(self) -> None:
+        """Do it, and resolve the pending save; never raises."""
+        raise NotImplementedError
+
+    def is_there(self) -> bool:
+        """Whether a committed checkpoint has not been removed since, as far as this rank has to say."""
+        if self.committed is None:
+            return True
+        try:
+            sizes = [self.order.storage.size(name) for name in (MANIFEST, self.committed.files[0].name)]
+        except ShardckptError:
+            return False
+        return all(sizes)
+
+
+class SaveJob(Job):
+    """Shard, rank manifest, commit."""
+
+    def __init__(self, order: Order, writer: ShardWriter | Exception) -> None:
+        """``writer`` may be what kept this rank from having one: that is for all ranks to know."""
         self.order = order
-        self.committed: Manifest | None = None
-        """On rank 0, once it is."""
+        self.committed = None
         self._writer = writer
 
     def run(self) -> None:
@@ -253,8 +144,10 @@ class SaveJob:
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
             # Whoever never heard the verdict must not remove files that rank 0 may just be committing.
             unheard = isinstance(error, RankTimeoutError) and rank != 0 and not isinstance(word, Exception)
-            if self.committed is None and not unheard:
-                commit.abandon(order.storage, order.pending.save_id, [rank])
+            if self.committed is None and not unheard and not isinstance(error, UncertainCommitError):
+                # Rank 0 stands in for ranks that have died.
+                ranks = range(order.operation.world_size) if rank == 0 else [rank]
+                commit.abandon(order.storage, order.pending.save_id, ranks)
             order.pending.resolve(failure(order.pending.path, word if isinstance(word, Exception) else error))
             return
         order.pending.resolve(order.report(verdict, rank_nbytes=rank_nbytes, alias=False))
@@ -262,6 +155,8 @@ class SaveJob:
     def _write(self) -> FileEntry:
         order = self.order
         rank, save_id = order.operation.rank, order.pending.save_id
+        if isinstance(self._writer, Exception):
+            raise self._writer
         if rank != 0 and not order.storage.list():
             # Rank 0 has left a marker there, but a network file system may be slow to show it.
             order.storage.prepare()
@@ -279,6 +174,8 @@ class SaveJob:
         def read(index: int) -> None:
             ranks[index] = commit.get_rank_manifest(order.storage, files[index])
 
+        # Whoever has overtaken this save has removed its files; that they are missing would be a poor reason.
+        commit.check_unchanged(order.storage, order.previous)
         for_each(range(len(files)), read, threads=THREADS, name="manifests")
         manifest = commit.assemble(
             order.pending.save_id,
@@ -289,27 +186,29 @@ class SaveJob:
         )
         commit.publish(order.storage, manifest, order.previous)
         self.committed = manifest
-        commit.clean(order.storage, manifest)
+        commit.clean(order.storage, manifest.save_id)
         return msgspec.msgpack.encode(sum(file.size for file in files))
 
 
-class AliasJob:
-    """The background half of a save whose tensors are those of the one before: links, and a manifest of its own."""
+class AliasJob(Job):
+    """Of a save whose tensors are those of the one before: links, and a manifest of its own."""
 
-    def __init__(self, order: Order, source: "SaveJob | AliasJob") -> None:
+    def __init__(self, order: Order, source: Job) -> None:
         self.order = order
-        self.committed: Manifest | None = None
+        self.committed = None
         self._source = source
         self._linked: list[str] = []
 
     def run(self) -> None:
         order, source = self.order, self._source.order.pending
+        word: bytes | Exception = b""
+        if not source.succeeded():
+            word = SaveFailedError(f"the save to {source.path}, whose shards it shares, failed.")
         try:
-            if not source.succeeded():
-                raise SaveFailedError(f"the save to {source.path}, whose shards it shares, failed.")
-            verdict = settle(order.operation.in_background(order.owner), b"", order.commit_timeout, self._conclude)
+            verdict = settle(order.operation.in_background(order.owner), word, order.commit_timeout, self._conclude)
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
-            if order.operation.rank == 0 and self.committed is None:
+            certain = self.committed is None and not isinstance(error, UncertainCommitError)
+            if order.operation.rank == 0 and certain:
                 commit.abandon(order.storage, order.pending.save_id, [0], also=self._linked)
             order.pending.resolve(failure(order.pending.path, error))
             return
@@ -332,7 +231,7 @@ class AliasJob:
         )
         commit.publish(order.storage, manifest, order.previous)
         self.committed = manifest
-        commit.clean(order.storage, manifest)
+        commit.clean(order.storage, manifest.save_id)
         return msgspec.msgpack.encode(sum(file.size for file in manifest.files))
 
 
@@ -340,7 +239,7 @@ def put_objects(storage: Storage, rank: int, save_id: str, objects: dict[str, by
     """Store pickled objects back to back in one file; returns where each lies, by path."""
     if not objects:
         return {}
-    name = mf.objects_name(rank, save_id)
+    name = filenames.objects_name(rank, save_id)
     entries = {}
     offset = 0
     for path, data in objects.items():

@@ -1,0 +1,37 @@
+"""What a benchmark's record says about the machine and the software, so that a figure can be judged later."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def machine(folder: Path) -> dict[str, Any]:
+    """Processor, memory, kernel, and the filesystem that ``folder`` is on."""
+    cpu = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if "model name" in line), "unknown")
+    memory = next((int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if "MemTotal" in line), 0)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "kernel": platform.release(),
+        "filesystem": _filesystem(folder.resolve()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that take part."""
+    names = ("shardckpt", "torch", "xxhash", "zstandard", "msgspec", "fsspec")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+
+
+def _filesystem(folder: Path) -> str:
+    mounts = [line.split()[:3] for line in _lines("/proc/mounts")]
+    holding = [(len(place), kind, device) for device, place, kind in mounts if folder.is_relative_to(place)]
+    _, kind, device = max(holding, default=(0, "unknown", "unknown"))
+    return f"{kind} on {Path(device).name}"

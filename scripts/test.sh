@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Lint, type-check and test the working tree in an environment of its own.
+#
+#   bash scripts/test.sh                     everything
+#   bash scripts/test.sh tests/test_box.py   arguments go to pytest
+#
+# Environment:
+#   VENV     the virtual environment (default: .venv in the repository; made and filled when missing, and filled again
+#            when pyproject.toml or constraints.txt change)
+#   PYTHON   the interpreter it is made from (default: python3)
+set -euo pipefail
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/_venv.sh
+source "$REPO/scripts/_venv.sh"
+ensure_venv dev
+cd "$REPO"
+
+echo "ruff" && ruff check . && ruff format --check .
+echo "mypy" && mypy
+echo "pytest" && exec python -m pytest "$@"

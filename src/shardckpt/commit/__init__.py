@@ -1,0 +1,41 @@
+"""Commit: what a checkpoint is called, how it becomes one, how it is found, and how it goes away.
+
+A place holds a checkpoint from the moment ``manifest.json`` is there, and no longer once it is gone. Every other file
+is named after the save that wrote it, so a save never touches what it replaces, and what a crash leaves behind names
+itself.
+"""
+
+from shardckpt.commit.clearing import abandon, clean, remove
+from shardckpt.commit.finding import Found, checkpoint_path, find, is_checkpoint, latest, read
+from shardckpt.commit.publishing import (
+    TensorHead,
+    assemble,
+    check_unchanged,
+    get_rank_manifest,
+    new_save_id,
+    now,
+    open_place,
+    publish,
+    put_rank_manifest,
+)
+
+__all__ = [
+    "Found",
+    "TensorHead",
+    "abandon",
+    "assemble",
+    "check_unchanged",
+    "checkpoint_path",
+    "clean",
+    "find",
+    "get_rank_manifest",
+    "is_checkpoint",
+    "latest",
+    "new_save_id",
+    "now",
+    "open_place",
+    "publish",
+    "put_rank_manifest",
+    "read",
+    "remove",
+]

@@ -1,0 +1,174 @@
+"""Clearing: what saves leave behind, whose it is, and when it may go.
+
+A save that is alive leaves a marker, ``saving-<save_id>.json``, before anything else and renews it while it runs: its
+lease. Files of a save without one are part of the committed checkpoint, or rubbish.
+"""
+
+import json
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from shardckpt import filenames
+from shardckpt.commit.finding import find
+from shardckpt.errors import ShardckptError
+from shardckpt.filenames import MANIFEST
+from shardckpt.storage import TEMP_PREFIX, Stat, Storage
+
+log = logging.getLogger(__name__)
+
+RENEW_SECONDS: Final = 30.0
+"""How often a save that runs says so."""
+LEASE_SECONDS: Final = 180.0
+"""Silence after which a save is taken for dead, and its files for rubbish."""
+
+_MARKER_BYTES: Final = 1 << 16
+
+
+class Lease:
+    """The marker of one save, renewed by a thread until `release`."""
+
+    def __init__(self, storage: Storage, save_id: str) -> None:
+        self._storage = storage
+        self._name = filenames.marker_name(save_id)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="shardckpt-lease", daemon=True)
+        self._say()
+        self._thread.start()
+
+    def release(self) -> None:
+        """Renew no more; the marker itself stays."""
+        self._over.set()
+        self._thread.join()
+
+    def _say(self) -> None:
+        marker = {"machine": _machine(), "pid": os.getpid()}
+        self._storage.put(self._name, f"{json.dumps(marker)}\n".encode(), replace=True)
+
+    def _renew(self) -> None:
+        while not self._over.wait(RENEW_SECONDS):
+            try:
+                self._say()
+            except ShardckptError as error:
+                log.debug("could not renew %s at %s: %s", self._name, self._storage.url, error)
+
+
+_leases: dict[str, Lease] = {}
+"""Of the saves that this process leads, by save id."""
+
+
+def take_lease(storage: Storage, save_id: str) -> None:
+    """Mark a save as alive until `clean` or `abandon` ends it."""
+    _leases[save_id] = Lease(storage, save_id)
+
+
+def _end_lease(save_id: str) -> None:
+    lease = _leases.pop(save_id, None)
+    if lease is not None:
+        lease.release()
+
+
+def _machine() -> str:
+    """Where a process id means something: the host, and the process namespace of a container on it."""
+    try:
+        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()
+
+
+def clean(storage: Storage, save_id: str) -> None:
+    """After a commit: remove what the checkpoint replaced, this save's marker, and what dead saves left.
+
+    Never raises: the checkpoint is committed, whatever becomes of the rubbish.
+    """
+    _end_lease(save_id)
+    try:
+        listed = storage.list()
+        # Read after the listing: a save that has no marker in it has committed before, so that this record, or a newer
+        # one, is all that still needs files.
+        current = find(storage)
+        if current is not None:
+            keep = {MANIFEST, *current.manifest.file_names()}
+            doomed = _rubbish(storage, [stat for stat in listed if stat.name not in keep], own=save_id)
+            storage.delete(doomed)
+    except Exception as error:  # noqa: BLE001 - see above
+        log.warning("the save to %s is committed, but what it replaced could not be removed: %s", storage.url, error)
+
+
+def abandon(storage: Storage, save_id: str, ranks: Iterable[int], also: Sequence[str] = ()) -> None:
+    """After a failure: remove what these ranks wrote, and with rank 0's files the marker.
+
+    Never raises: the failure of the save matters more.
+    """
+    _end_lease(save_id)
+    names = list(also)
+    for rank in ranks:
+        names += [name(rank, save_id) for name in filenames.OF_A_RANK]
+        names += [filenames.marker_name(save_id)] if rank == 0 else []
+    try:
+        storage.delete(names)
+        storage.remove_place()
+    except Exception as error:  # noqa: BLE001 - see above
+        log.warning("could not remove the remains of a failed save at %s: %s", storage.url, error)
+
+
+def remove(storage: Storage) -> None:
+    """Remove a checkpoint, if there is one: the manifest first, so that no instant shows half of one.
+
+    A symbolic link is unlinked, not followed. Files that are not ours stay, and those of a save that is running.
+    """
+    if storage.unlink_link():
+        return
+    listed = storage.list()
+    if not listed:
+        storage.remove_place()
+        return
+    storage.delete([MANIFEST])
+    storage.sync()
+    storage.delete(_rubbish(storage, [stat for stat in listed if stat.name != MANIFEST]))
+    storage.remove_place()
+
+
+def _rubbish(storage: Storage, listed: Sequence[Stat], own: str | None = None) -> list[str]:
+    """Which of these files may go, were none named by a commit record; ``own`` is a save that is over."""
+    markers = {filenames.save_id_of(stat.name): stat for stat in listed if filenames.is_marker(stat.name)}
+    # The storage's own clock, where it shows one: our marker was renewed a moment ago.
+    now = (markers[own].modified if own in markers else None) or time.time()
+    alive = {save_id for save_id, stat in markers.items() if save_id != own and _is_alive(storage, stat, save_id, now)}
+    return [
+        stat.name
+        for stat in listed
+        if (filenames.is_checkpoint_file(stat.name) and filenames.save_id_of(stat.name) not in alive)
+        # What a crash in the middle of a put leaves has no save's name, only an age.
+        or (stat.name.startswith(TEMP_PREFIX) and now - (stat.modified or now) > LEASE_SECONDS)
+    ]
+
+
+def _is_alive(storage: Storage, marker: Stat, save_id: str | None, now: float) -> bool:
+    """Whether the save that left a marker still runs, as far as can be told; in doubt it does."""
+    said = _read_marker(storage, marker.name)
+    if said.get("machine") == _machine() and type(pid := said.get("pid")) is int:
+        return save_id in _leases if pid == os.getpid() else _runs(pid)
+    return marker.modified is None or now - marker.modified <= LEASE_SECONDS
+
+
+def _read_marker(storage: Storage, name: str) -> dict[str, Any]:
+    try:
+        said = json.loads(storage.get(name, limit=_MARKER_BYTES))
+    except (ShardckptError, ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

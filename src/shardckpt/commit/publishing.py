@@ -1,0 +1,191 @@
+"""Publishing: from the first sign of a save in its place to the commit record that makes it a checkpoint."""
+
+import datetime
+import platform
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Final, NamedTuple
+
+import torch
+
+from shardckpt import filenames
+from shardckpt import manifest as mf
+from shardckpt.codecs import digest, digests_text
+from shardckpt.commit.clearing import take_lease
+from shardckpt.commit.finding import find_bytes
+from shardckpt.errors import (
+    CorruptCheckpointError,
+    ObjectNotFoundError,
+    SaveFailedError,
+    ShardckptError,
+    StorageFullError,
+    UncertainCommitError,
+)
+from shardckpt.filenames import MANIFEST
+from shardckpt.manifest import FileEntry, Manifest, RankManifest, TensorEntry
+from shardckpt.state import merge
+from shardckpt.state.schema import check_skeleton
+from shardckpt.storage import Storage
+
+_ALPHABET: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+def new_save_id() -> str:
+    """A name for one save: its time in milliseconds, then chance, in base 36; sorts by time."""
+    return _base36(int(time.time() * 1000), 9) + _base36(secrets.randbits(30), 6)
+
+
+def _base36(number: int, width: int) -> str:
+    text = ""
+    for _ in range(width):
+        number, digit = divmod(number, 36)
+        text = _ALPHABET[digit] + text
+    return text
+
+
+class TensorHead(NamedTuple):
+    """What all shards of a tensor have in common."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    location: str
+
+
+def open_place(storage: Storage, save_id: str, nbytes: int) -> bytes | None:
+    """Rank 0, before the first byte: make the place ready and leave a marker there; returns the record to be replaced.
+
+    The marker makes the path exist at once, which callers that look right after saving rely on. Raises StorageFullError
+    where the disk cannot hold ``nbytes`` more; an error leaves nothing behind.
+    """
+    free = storage.free_bytes()
+    if free is not None and free < nbytes:
+        raise StorageFullError(
+            f"{storage.url} has {free:,} bytes free and this checkpoint needs {nbytes:,}. Nothing was written; free "
+            "some space, or save elsewhere."
+        )
+    storage.unlink_link()
+    try:
+        storage.prepare()
+        previous = find_bytes(storage)
+        take_lease(storage, save_id)
+    except BaseException:
+        with suppress(ShardckptError):
+            storage.remove_place()
+        raise
+    return previous
+
+
+def put_rank_manifest(storage: Storage, manifest: RankManifest) -> FileEntry:
+    """Make one rank's word durable; returns how the commit record refers to it."""
+    data = mf.encode(manifest)
+    name = filenames.rank_manifest_name(manifest.rank, manifest.save_id)
+    storage.put(name, data, replace=False)
+    return FileEntry(manifest.file, manifest.size, name, len(data), digests_text([digest(data)]))
+
+
+def get_rank_manifest(storage: Storage, entry: FileEntry) -> RankManifest:
+    """Read one rank's word back, and hold it against what the rank said it wrote."""
+    try:
+        data = storage.get(entry.manifest)
+    except ObjectNotFoundError as error:
+        raise SaveFailedError(
+            f"{entry.manifest} was written by its rank but cannot be seen by rank 0 at {storage.url}. All ranks must"
+            " save to one shared file system or object store; a node's own disk is not one."
+        ) from error
+    if len(data) != entry.manifest_size or digests_text([digest(data)]) != entry.manifest_digest:
+        raise CorruptCheckpointError(f"{storage.url}/{entry.manifest} does not hold what its rank wrote there.")
+    return mf.decode_rank_manifest(data, f"{storage.url}/{entry.manifest}")
+
+
+def assemble(
+    save_id: str,
+    files: Sequence[FileEntry],
+    ranks: Sequence[RankManifest],
+    heads: Mapping[str, TensorHead],
+    aliases: Mapping[str, str],
+) -> Manifest:
+    """The commit record of what the ranks wrote; ``heads`` lists every tensor, also those without elements."""
+    tensors = {
+        fqn: TensorEntry(head.dtype, head.shape, [], [], [], [], [], location=head.location)
+        for fqn, head in heads.items()
+    }
+    skeleton = None
+    objects = {}
+    for index, rank in enumerate(ranks):
+        for entry in rank.entries.values():
+            tensor = tensors[entry.fqn]
+            tensor.file.append(index)
+            tensor.offset.append(entry.offset)
+            tensor.nbytes.append(entry.nbytes)
+            tensor.starts.append(entry.starts)
+            tensor.lengths.append(entry.lengths)
+            tensor.codec = entry.codec
+        if rank.state is not None:
+            skeleton = rank.state if skeleton is None else merge(skeleton, rank.state)
+        objects.update({path: entry for path, entry in rank.objects.items() if path not in objects})
+    return Manifest(
+        save_id=save_id,
+        created=now(),
+        world_size=len(ranks),
+        writer=writer_versions(),
+        files=list(files),
+        state=skeleton,
+        tensors=tensors,
+        aliases=dict(aliases),
+        objects=objects,
+    )
+
+
+def now() -> str:
+    """The time of a commit, as the manifest says it: UTC, ISO 8601, milliseconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def writer_versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"shardckpt": version("shardckpt"), "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def publish(storage: Storage, manifest: Manifest, previous: bytes | None) -> None:
+    """The switch: after this the checkpoint exists, before it did not.
+
+    Raises SaveFailedError if the place does not hold the record that it held when the save began: somebody else saved
+    there. Raises UncertainCommitError if the storage fails in a way that leaves open whether it took the record; the
+    files that it names must then stay.
+    """
+    check_skeleton(manifest, f"{storage.url}/{MANIFEST}")
+    data = mf.encode(manifest)
+    storage.sync()
+    check_unchanged(storage, previous)
+    try:
+        storage.put(MANIFEST, data, replace=previous is not None)
+    except Exception as error:
+        try:
+            current = find_bytes(storage)
+        except ShardckptError:
+            raise UncertainCommitError(
+                f"{storage.url} did not answer when the checkpoint was to be committed ({error}), and cannot be asked "
+                "whether it was. Nothing was removed: what is at that path, the new checkpoint or what was there "
+                "before, is whole."
+            ) from error
+        if current == data:  # a lost answer to a put that succeeded is a success
+            return
+        if current != previous:
+            raise _overtaken(storage) from error
+        raise
+
+
+def check_unchanged(storage: Storage, previous: bytes | None) -> None:
+    """Raise SaveFailedError if somebody has committed to the place, or removed its checkpoint, since a save began."""
+    if find_bytes(storage) != previous:
+        raise _overtaken(storage)
+
+
+def _overtaken(storage: Storage) -> SaveFailedError:
+    return SaveFailedError(
+        f"another save was committed to {storage.url}, or its checkpoint removed, while this save was running; that "
+        "stands. Two jobs must not save to one path."
+    )

@@ -1,0 +1,43 @@
+"""The adapter for PyTorch Lightning: ``Trainer(plugins=[ShardedCheckpointIO()])``.
+
+Importing this makes ``MyModel.load_from_checkpoint(path)`` read sharded checkpoints too.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from shardckpt.lightning import flavours, from_checkpoint, last
+from shardckpt.lightning.plugin import ShardedCheckpointIO
+
+if TYPE_CHECKING:
+    ShardedDDPStrategy: Any
+    ShardedSingleDeviceStrategy: Any
+
+__all__ = ["ShardedCheckpointIO", "ShardedDDPStrategy", "ShardedSingleDeviceStrategy", "sharded"]
+
+from_checkpoint.install()
+last.install()
+
+
+def sharded(strategy_class: Any) -> Any:
+    """The bound subclass of a strategy class, for those who pass the Trainer its strategy themselves.
+
+    Raises:
+        UsageError: checkpoints of that strategy do not go through Lightning's ``CheckpointIO``.
+    """
+    from shardckpt.errors import UsageError
+    from shardckpt.lightning import strategies
+
+    if strategies.is_bound(strategy_class):
+        return strategy_class
+    if not strategies.can_bind(strategy_class):
+        raise UsageError(
+            f"{strategy_class.__name__} reads and writes its checkpoints in its own way and cannot be bound."
+        )
+    return strategies.sharded(strategy_class)
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up late: the strategies of a flavour are a large import, and most users need no class of ours.
+    if name in ("ShardedDDPStrategy", "ShardedSingleDeviceStrategy"):
+        return sharded(flavours.attribute(flavours.main(), "strategies", name.removeprefix("Sharded")))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,96 @@
+"""The binding: how a Trainer that was given the plugin comes to have every rank save.
+
+Lightning calls the factories named by the entry points ``lightning.pytorch.callbacks_factory`` and
+``pytorch_lightning.callbacks_factory`` whenever a Trainer is made. Ours return one callback while there is a
+`ShardedCheckpointIO` in the process, and nothing otherwise. The callback's ``setup``, the first hook that runs in every
+process, turns the Trainer's strategy into a bound one (`shardckpt.lightning.strategies`).
+"""
+
+import functools
+import logging
+from typing import Any
+
+from shardckpt.lightning import flavours, from_checkpoint, last, strategies
+from shardckpt.lightning.plugin import ShardedCheckpointIO, living
+
+log = logging.getLogger(__name__)
+
+
+def lightning_callbacks() -> list[Any]:
+    """The factory for Trainers of ``lightning``."""
+    return _callbacks(flavours.LIGHTNING)
+
+
+def pytorch_lightning_callbacks() -> list[Any]:
+    """The factory for Trainers of ``pytorch_lightning``."""
+    return _callbacks(flavours.PYTORCH_LIGHTNING)
+
+
+def _callbacks(flavour: flavours.Flavour) -> list[Any]:
+    if not living:
+        return []
+    flavours.register(ShardedCheckpointIO)
+    from_checkpoint.install()
+    last.install()
+    return [_binding_of(flavour)()]
+
+
+@functools.cache
+def _binding_of(flavour: flavours.Flavour) -> Any:
+    callback: Any = flavours.attribute(flavour, "callbacks", "Callback")
+
+    class ShardedCheckpointBinding(callback):  # type: ignore[misc]  # the base depends on the flavour
+        """Binds the Trainer's strategy to its `ShardedCheckpointIO`; does nothing to a Trainer without one."""
+
+        _is_prepared = True
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            bound = bind(trainer.strategy)
+            self._is_prepared = not (bound and stage == "fit" and trainer.checkpoint_callbacks)
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            # Optimizers allocate their state at the first step: from then on it is known how much memory a save takes.
+            if not self._is_prepared and trainer.global_step > 0:
+                self._is_prepared = True
+                strategies.prepare(trainer.strategy)
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            # The class exists in no module; spawned processes get the Trainer's callbacks pickled.
+            return (_new, (flavour,))
+
+    ShardedCheckpointBinding.__qualname__ = ShardedCheckpointBinding.__name__
+    return ShardedCheckpointBinding
+
+
+def _new(flavour: flavours.Flavour) -> Any:
+    return _binding_of(flavours.Flavour(*flavour))()
+
+
+def bind(strategy: Any) -> bool:
+    """Bind ``strategy``, in place, to the plugin that it has; tells whether it is bound now."""
+    plugin = _unwrapped(strategy)
+    if plugin is None:
+        return False
+    if not strategies.is_bound(type(strategy)):
+        if not strategies.can_bind(type(strategy)):
+            log.warning(
+                "%s reads and writes its checkpoints in its own way, so ShardedCheckpointIO cannot have every process"
+                " write a part of them. Strategies for a single device and DDP can be bound, and subclasses of theirs"
+                " that leave save_checkpoint, load_checkpoint and load_{model,optimizer}_state_dict alone.",
+                type(strategy).__name__,
+            )
+            return False
+        strategy_class: Any = type(strategy)
+        strategy.__class__ = strategies.sharded(strategy_class)
+    plugin.bind()
+    return True
+
+
+def _unwrapped(strategy: Any) -> ShardedCheckpointIO | None:
+    """The strategy's plugin, taken out of an ``AsyncCheckpointIO``, which would copy every tensor a second time."""
+    plugin = strategy.checkpoint_io
+    if type(plugin).__name__ == "AsyncCheckpointIO" and isinstance(plugin.checkpoint_io, ShardedCheckpointIO):
+        log.info("ShardedCheckpointIO is asynchronous by itself: the AsyncCheckpointIO around it is taken off")
+        strategy.checkpoint_io = plugin.checkpoint_io
+        plugin = plugin.checkpoint_io
+    return plugin if isinstance(plugin, ShardedCheckpointIO) else None

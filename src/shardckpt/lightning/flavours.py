@@ -1,0 +1,95 @@
+"""The two packages that Lightning comes in, ``lightning`` and ``pytorch_lightning``: same code, distinct classes.
+
+Neither is imported before it is needed, and a program of one does not get the other imported by us.
+"""
+
+import abc
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any, Final, NamedTuple
+
+
+class Flavour(NamedTuple):
+    """One of the two packages."""
+
+    top: str
+    """The distribution's top-level package, which tells whether it is installed."""
+    pytorch: str
+    """Where the Trainer, strategies and callbacks are."""
+    fabric: str
+    """Where ``CheckpointIO`` is."""
+
+    def is_installed(self) -> bool:
+        # A folder of that name in the working directory is found too, but has no origin.
+        spec = importlib.util.find_spec(self.top)
+        return spec is not None and spec.origin is not None
+
+    def is_loaded(self) -> bool:
+        return self.pytorch in sys.modules
+
+    def module(self, name: str) -> ModuleType:
+        """A module below the flavour's ``pytorch`` package, imported if need be."""
+        return importlib.import_module(f"{self.pytorch}.{name}")
+
+    def fabric_module(self, name: str) -> ModuleType:
+        """A module below the flavour's ``fabric`` package, imported if need be."""
+        return importlib.import_module(f"{self.fabric}.{name}")
+
+    def checkpoint_io(self) -> abc.ABCMeta:
+        found: abc.ABCMeta = self.fabric_module("plugins.io.checkpoint_io").CheckpointIO
+        return found
+
+    def defines(self, cls: type) -> bool:
+        """Whether ``cls`` is one of the flavour's classes or derives from one."""
+        packages = (f"{self.pytorch}.", f"{self.fabric}.")
+        return any(base.__module__.startswith(packages) for base in cls.__mro__)
+
+
+LIGHTNING: Final = Flavour("lightning", "lightning.pytorch", "lightning.fabric")
+PYTORCH_LIGHTNING: Final = Flavour("pytorch_lightning", "pytorch_lightning", "lightning_fabric")
+ALL: Final = (LIGHTNING, PYTORCH_LIGHTNING)
+
+
+def loaded() -> list[Flavour]:
+    """The flavours that this process has imported."""
+    return [flavour for flavour in ALL if flavour.is_loaded()]
+
+
+def main() -> Flavour:
+    """The flavour whose ``CheckpointIO`` ours inherits: one that is imported already, else ``lightning`` if installed.
+
+    Raises:
+        ImportError: neither is installed.
+    """
+    for flavour in [*loaded(), *(flavour for flavour in ALL if flavour.is_installed())]:
+        return flavour
+    raise ImportError(
+        "shardckpt.lightning needs Lightning, and neither `lightning` nor `pytorch_lightning` is installed: "
+        'pip install "shardckpt[lightning]"'
+    )
+
+
+def of(instance: object) -> Flavour | None:
+    """The flavour that an instance's class belongs to; None where it belongs to neither."""
+    return next((flavour for flavour in ALL if flavour.defines(type(instance))), None)
+
+
+def register(plugin: type) -> None:
+    """Make ``plugin`` a ``CheckpointIO`` in the eyes of the flavours.
+
+    A Trainer checks its plugins with ``isinstance`` against its own flavour's class. ``pytorch_lightning`` may be
+    imported later than the plugin is made, so the module of its that defines the class is imported here, at little
+    cost. The like module of ``lightning`` brings all of it along, so that waits until the program imports it.
+    """
+    for flavour in ALL:
+        if flavour.is_loaded() or (flavour is PYTORCH_LIGHTNING and flavour.is_installed()):
+            checkpoint_io = flavour.checkpoint_io()
+            if not issubclass(plugin, checkpoint_io):
+                checkpoint_io.register(plugin)
+
+
+def attribute(flavour: Flavour, module: str, name: str) -> Any:
+    """``<flavour>.<module>.<name>``."""
+    return getattr(flavour.module(module), name)

@@ -1,0 +1,48 @@
+"""``MyModel.load_from_checkpoint(path)`` on a sharded path, for modules and datamodules.
+
+Lightning reads the file with a function that its ``core.saving`` module calls ``pl_load``. That name is bound to ours
+here, which hands everything but a sharded checkpoint on to it. Hyper-parameters, ``hparams_file``, overrides,
+``strict`` and the hooks stay Lightning's code.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shardckpt.checkpointer import Checkpointer
+from shardckpt.commit import checkpoint_path
+from shardckpt.errors import ShardckptError
+from shardckpt.lightning import flavours, ordinary, restore
+
+
+def install() -> None:
+    """Do it for each flavour that is imported. Calling again is fine, and needed when the other is imported later."""
+    for flavour in flavours.loaded():
+        saving: Any = flavour.module("core.saving")
+        if not hasattr(saving.pl_load, "_shardckpt_wraps"):
+            saving.pl_load = _dispatching(saving.pl_load)
+
+
+def _dispatching(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def pl_load(path_or_url: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        if _is_sharded(path_or_url):
+            return _load(checkpoint_path(path_or_url), map_location, weights_only)
+        return stock(path_or_url, map_location=map_location, weights_only=weights_only)
+
+    pl_load._shardckpt_wraps = stock  # type: ignore[attr-defined]  # marks the function, so that it is wrapped once
+    return pl_load
+
+
+def _is_sharded(path: Any) -> bool:
+    if not isinstance(path, (str, Path)) or str(path).startswith("http"):
+        return False
+    try:
+        return ordinary.is_ours(os.fspath(path), None)
+    except ShardckptError:  # what is wrong with the path is for Lightning to say, which is asked next
+        return False
+
+
+def _load(path: str, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
+    opened = Checkpointer(alone=True).open(path)
+    return restore.Reading(opened, map_location, weights_only).for_inference()

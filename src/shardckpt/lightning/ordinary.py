@@ -1,0 +1,98 @@
+"""Checkpoints that are not ours: a ``.ckpt`` file of stock Lightning, a directory of some other library.
+
+A user who adds the plugin to a project has such files already. They are loaded and removed as Lightning does it, and
+one that lies where a sharded checkpoint is to be written steps aside until that is complete.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fsspec.core import url_to_fs
+
+from shardckpt.background import PendingSave
+from shardckpt.commit import checkpoint_path, is_checkpoint
+from shardckpt.filenames import is_checkpoint_file
+from shardckpt.lightning import flavours
+from shardckpt.storage import local_path, open_storage
+
+log = logging.getLogger(__name__)
+
+ASIDE: Final = ".replaced"
+"""What is appended to the name of an ordinary file while a sharded checkpoint is written in its place."""
+
+
+def is_link(path: str) -> bool:
+    """Whether ``path`` is a symbolic link."""
+    local = _local(path)
+    return local is not None and os.path.islink(local)
+
+
+def is_ours(path: str, storage_options: Mapping[str, Any] | None) -> bool:
+    """Whether a sharded checkpoint lies at ``path``, or what a save of one that did not finish left there."""
+    if is_checkpoint(path, storage_options):
+        return True
+    local = _local(path)
+    if local is not None and not os.path.isdir(local):
+        return False
+    return any(is_checkpoint_file(stat.name) for stat in open_storage(checkpoint_path(path), storage_options).list())
+
+
+def load(path: str, map_location: Any, weights_only: bool | None) -> Any:
+    """What Lightning's own ``TorchCheckpointIO`` loads from ``path``; raises what it raises."""
+    torch_io = flavours.main().fabric_module("plugins.io.torch_io").TorchCheckpointIO()
+    options = {} if map_location is None else {"map_location": map_location}
+    return torch_io.load_checkpoint(path, weights_only=weights_only, **options)
+
+
+def remove(path: str) -> None:
+    """Remove an ordinary file or directory; one that is missing is fine. A symbolic link goes, never its target."""
+    if is_link(path):
+        os.unlink(_local(path) or path)
+        return
+    filesystem, inner = url_to_fs(path)
+    if filesystem.exists(inner):
+        filesystem.rm(inner, recursive=True)
+        log.debug("removed %s", path)
+
+
+class Displaced:
+    """Ordinary files that lie where sharded checkpoints are written: each is kept until what replaces it is complete.
+
+    For local files only. In an object store a file and a prefix of one name do not get in each other's way.
+    """
+
+    def __init__(self) -> None:
+        self._new: list[str] = []
+        self._waiting: list[tuple[str, PendingSave]] = []
+
+    def make_way(self, path: str) -> None:
+        """Rename an ordinary file at ``path``, if there is one, so that a directory can be made there."""
+        local = _local(path)
+        if local is not None and os.path.isfile(local) and not os.path.islink(local):
+            os.replace(local, local + ASIDE)
+            self._new.append(local)
+            log.info("%s is an ordinary file: kept as %s%s until the checkpoint is complete", path, local, ASIDE)
+
+    def settle(self, pending: PendingSave | None) -> None:
+        """Delete files whose replacement is complete, and put those back whose replacement failed.
+
+        ``pending`` is the save for which files made way since the last call; None says that it is over.
+        """
+        if pending is not None:
+            self._waiting += [(path, pending) for path in self._new]
+            self._new = []
+        over = [path for path, save in self._waiting if save.done()] + self._new
+        self._waiting = [(path, save) for path, save in self._waiting if not save.done()]
+        self._new = []
+        for path in over:
+            if is_checkpoint(path):
+                os.unlink(path + ASIDE)
+            elif not os.path.lexists(path):
+                os.replace(path + ASIDE, path)
+
+
+def _local(path: str) -> str | None:
+    local = local_path(path)
+    return None if local is None else os.path.expanduser(local)

@@ -1,0 +1,333 @@
+"""The plugin: Lightning's ``CheckpointIO`` over a `Checkpointer`.
+
+By itself it honours the contract that Lightning documents: called on one rank, it saves what it is given and returns.
+The binding (`shardckpt.lightning.binding`) has every rank call `save_from_every_rank` and `load_lazily` instead.
+"""
+
+import logging
+import os
+import time
+import weakref
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+from torch import nn
+from torch.optim import Optimizer
+
+from shardckpt import coordinator
+from shardckpt.background import PendingSave
+from shardckpt.checkpointer import Checkpointer
+from shardckpt.commit import checkpoint_path
+from shardckpt.errors import SaveFailedError, UsageError
+from shardckpt.lightning import agreement, flavours, from_checkpoint, last, ordinary, restore
+from shardckpt.lightning.snapshot import Layout, Produced, fingerprint, layout_of, share_of, split_off
+from shardckpt.storage import local_path
+
+if TYPE_CHECKING:
+    _CheckpointIO = object
+else:
+    _CheckpointIO = flavours.main().checkpoint_io()
+
+log = logging.getLogger(__name__)
+
+
+class Running(NamedTuple):
+    """What the binding knows of the run that a checkpoint is saved in."""
+
+    produced: Produced
+    asynchronous: bool
+    """Whether training goes on afterwards, so that the save may finish beside it."""
+    position: Hashable
+    """How far training is."""
+    replicas_agree: bool
+    """Whether parameters are equal on all ranks, so that each may write a part of them."""
+
+
+class _Destination(msgspec.Struct):
+    """Rank 0's decision, which all ranks follow, since their own metrics may have given another file name."""
+
+    path: str
+    layout: Layout
+
+
+class ShardedCheckpointIO(_CheckpointIO):
+    """Sharded, asynchronous checkpoints for a Lightning Trainer: ``Trainer(plugins=[ShardedCheckpointIO()])``.
+
+    Under a single device and DDP every process writes a part of each checkpoint while training goes on, and a
+    checkpoint resumes on any number of processes. Ordinary ``.ckpt`` files still load.
+
+    Args:
+        options: those of `shardckpt.Checkpointer`, passed on as they are: ``storage_options``, ``compression``,
+            ``replicated``, ``include``, ``exclude``, ``staging_limit``, ``timeout``, ``commit_timeout``.
+
+    Raises:
+        UsageError: an option is unknown or has an impossible value.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self._options = options
+        self._start()
+        self._make(alone=False)  # so that a wrong option is known here, and not at the first save
+
+    def _start(self) -> None:
+        self._checkpointer: Checkpointer | None = None
+        self._pid = os.getpid()
+        self._is_bound = False
+        self._is_saving = False
+        self._quiet = False
+        self._warned = False
+        self._latest: PendingSave | None = None
+        self._written: dict[str, Mapping[str, Any] | None] = {}
+        self._displaced = ordinary.Displaced()
+        flavours.register(type(self))
+        from_checkpoint.install()
+        last.install()
+        living.add(self)
+
+    def _make(self, *, alone: bool) -> Checkpointer:
+        try:
+            return Checkpointer(**self._options, alone=alone)
+        except TypeError as error:
+            raise UsageError(f"ShardedCheckpointIO takes the options of shardckpt.Checkpointer: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._options = state["options"]
+        self._start()
+
+    @property
+    def checkpointer(self) -> Checkpointer:
+        """The engine of this process, made when it is first needed: plugins are copied, pickled and forked."""
+        if self._checkpointer is None or self._pid != os.getpid():
+            self._checkpointer = self._make(alone=False)
+            self._pid = os.getpid()
+        return self._checkpointer
+
+    @property
+    def requires_state_on_load(self) -> bool:
+        """True: given the live state, `load_checkpoint` reads tensors into it in place."""
+        return True
+
+    # -- the contract of CheckpointIO: called on one rank -------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save from this process alone, whatever the other ranks do; committed when it returns.
+
+        Raises:
+            SaveFailedError: what was at ``path`` before is intact.
+        """
+        world_size = coordinator.rank_and_world_size()[1]
+        if world_size > 1 and not self._is_bound and not self._warned:
+            self._warned = True
+            log.warning(
+                "ShardedCheckpointIO is not bound to this Trainer's strategy, so one of %d processes writes the whole"
+                " checkpoint, and training waits for it. The binding comes from an entry point of the installed"
+                " shardckpt (of a source tree: `pip install -e .`) and covers single-device and DDP strategies; or pass"
+                " Trainer(strategy=shardckpt.lightning.ShardedDDPStrategy()).",
+                world_size,
+            )
+        text = checkpoint_path(path)
+        self._displaced.make_way(text)
+        alone = self._make(alone=True)
+        try:
+            alone.save(dict(checkpoint), text, storage_options=storage_options)
+        finally:
+            alone.close()
+            self._displaced.settle(None)
+        self._written[_key(text)] = storage_options
+
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Any = None,
+        weights_only: bool | None = None,
+        *,
+        state: nn.Module | Optimizer | dict[str, Any] | None = None,
+    ) -> dict[str, Any] | None:
+        """Load on this process.
+
+        Args:
+            path: a sharded checkpoint or the ``manifest.json`` in it, or an ordinary file.
+            map_location: as in ``torch.load``, for tensors that have no live counterpart; None puts them on the CPU.
+            weights_only: as in ``torch.load``; None is true, so pickled objects are refused.
+            state: a module, an optimizer, a dict of such and of plain values, or the dict that the Trainer's
+                ``dump_checkpoint`` returns. What the checkpoint has for it is read into it in place.
+
+        Returns:
+            What the caller has still to apply: without ``state``, or of an ordinary file, everything; with it, what has
+            no place in it. None where that is nothing. For a Trainer's dict it is again a whole one, which shares the
+            live tensors, because the Trainer looks up all of its keys.
+        """
+        text = checkpoint_path(path)
+        self.wait()
+        if restore.is_ordinary(text, self._options_for(text)):
+            loaded: dict[str, Any] | None = ordinary.load(text, map_location, weights_only)
+            return loaded
+        alone = self._make(alone=True)
+        try:
+            opened = alone.open(text, storage_options=self._options_for(text))
+            reading = restore.Reading(opened, "cpu" if map_location is None else map_location, weights_only)
+            restored: dict[str, Any] | None = reading.everything() if state is None else reading.into(state)
+            return restored
+        finally:
+            alone.close()
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint, once the save in flight is committed; if that fails, the older one is kept.
+
+        A symbolic link is unlinked, never followed. Ordinary files and directories are removed as Lightning does it.
+        """
+        text = checkpoint_path(path)
+        options = self._options_for(text)
+        latest = self._latest
+        if ordinary.is_link(text):
+            ordinary.remove(text)
+        elif latest is not None and latest.done() and not latest.succeeded():
+            log.warning("keeping %s: the save that was to replace it failed", text)
+        elif _key(text) in self._written or ordinary.is_ours(text, options):
+            self.checkpointer.remove(text, storage_options=options)
+        elif latest is not None and not self._committed(latest):
+            log.warning("keeping %s: the save that was to replace it failed", text)
+        else:
+            ordinary.remove(text)
+
+    def teardown(self) -> None:
+        """Wait for the save in flight and free the memory. The plugin can be used again afterwards.
+
+        Raises:
+            SaveFailedError: a save failed and nobody has been told yet; on every rank.
+        """
+        if self._checkpointer is None or self._pid != os.getpid():
+            return
+        try:
+            self._checkpointer.close()
+        except SaveFailedError as error:
+            if not self._quiet:
+                raise
+            log.error("a checkpoint was not saved: %s", error)
+        finally:
+            self._latest = None
+            self._displaced.settle(None)
+
+    # -- called by the binding, on every rank -------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """Note that every rank will call: from here on a save from one rank is the launcher's, and no mistake."""
+        self._is_bound = True
+
+    def save_from_every_rank(
+        self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any | None, running: Running
+    ) -> None:
+        """Save together with all ranks: each its part, to the path that rank 0 was given.
+
+        Raises on every rank alike; SaveFailedError of the save before this one too, if nobody has been told of it.
+        """
+        rank, _ = coordinator.rank_and_world_size()
+        state = split_off(checkpoint, running.produced)
+
+        def decide() -> _Destination:
+            text = checkpoint_path(path)
+            self._displaced.make_way(text)
+            return _Destination(text, layout_of(state) if running.replicas_agree else {})
+
+        decision = agreement.from_rank_zero("Trainer.save_checkpoint", decide, _Destination, timeout=self._timeout)
+        pending = None
+        # A signal handler may save while its thread is in here: it cannot wait for what it interrupts.
+        interrupts, self._is_saving = self._is_saving, True
+        try:
+            if rank != 0:
+                state = share_of(state, decision.layout, with_buffers=bool(self._options.get("replicated")))
+            version = fingerprint(checkpoint, running.position)
+            if interrupts:
+                self._make(alone=False).save(state, decision.path, storage_options=storage_options)
+            elif running.asynchronous:
+                pending = self.checkpointer.async_save(
+                    state, decision.path, storage_options=storage_options, state_version=version
+                )
+            else:
+                self.checkpointer.save(state, decision.path, storage_options=storage_options, state_version=version)
+        finally:
+            self._is_saving = interrupts
+            self._latest = pending
+            self._displaced.settle(pending)
+        if rank == 0:
+            self._written[_key(decision.path)] = storage_options
+            last.forget_listing(decision.path)
+
+    def load_lazily(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
+        """Read the plain values of a Trainer's checkpoint, on every rank of one save; large tensors when needed."""
+        self.wait()
+
+        def decide() -> tuple[str, bool]:
+            text = checkpoint_path(path)
+            return text, restore.is_ordinary(text, self._options_for(text))
+
+        text, is_ordinary = agreement.from_rank_zero(
+            "Trainer.load_checkpoint", decide, tuple[str, bool], timeout=self._timeout
+        )
+        if is_ordinary:
+            loaded: dict[str, Any] = ordinary.load(text, None, weights_only)
+            return loaded
+        opened = self.checkpointer.open(text, storage_options=self._options_for(text), collective=True)
+        reading = restore.Reading(opened, "cpu", weights_only)
+        return agreement.on_all("Trainer.read_checkpoint", reading.lazily, timeout=self._timeout)
+
+    @contextmanager
+    def tearing_down(self, *, interrupted: bool) -> Iterator[None]:
+        """Encloses a strategy's teardown: whatever it does, the plugin is torn down too.
+
+        After an exception (``interrupted``) a failed save is logged and not raised, so as not to hide what went wrong
+        first.
+        """
+        self._quiet = interrupted
+        try:
+            yield
+        finally:
+            try:
+                self.teardown()
+            finally:
+                self._quiet = False
+
+    def is_resumed_from(self, path: Any, ckpt_path: Any) -> bool:
+        """Whether ``path`` must stay because the run was resumed from it.
+
+        `ModelCheckpoint` spares it on a local disk only, https://github.com/Lightning-AI/pytorch-lightning/issues/21813.
+        """
+        if ckpt_path is None or local_path(text := checkpoint_path(path)) is not None:
+            return False
+        return _key(text) == _key(checkpoint_path(ckpt_path))
+
+    def wait(self) -> None:
+        """Until no save is in flight. Raises SaveFailedError, on every rank, of one that failed unnoticed."""
+        if self._checkpointer is not None and self._pid == os.getpid():
+            self._checkpointer.wait()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _timeout(self) -> float:
+        timeout: float = self._options.get("timeout", agreement.TIMEOUT)
+        return timeout
+
+    def _options_for(self, path: str) -> Mapping[str, Any] | None:
+        """The storage options with which ``path`` was saved in this process, if it was; None means the plugin's own."""
+        return self._written.get(_key(path))
+
+    def _committed(self, pending: PendingSave) -> bool:
+        while not pending.done():  # `result` would count as telling the caller of a failure
+            time.sleep(0.01)
+        return pending.succeeded()
+
+
+def _key(path: str) -> str:
+    local = local_path(path)
+    return path.rstrip("/") if local is None else os.path.abspath(os.path.expanduser(local))
+
+
+living: "weakref.WeakSet[ShardedCheckpointIO]" = weakref.WeakSet()
+"""The plugins in this process: Trainers that were made while there are any get the binding's callback."""

@@ -1,0 +1,176 @@
+"""From an open checkpoint to what Lightning wants: all of it, what fits a given state, or a dict that reads lazily."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from fsspec.core import url_to_fs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shardckpt.commit import is_checkpoint
+from shardckpt.errors import UsageError
+from shardckpt.lightning.lazy import LazyDict
+from shardckpt.lightning.snapshot import MODEL, OPTIMIZERS
+from shardckpt.loading import OpenCheckpoint
+from shardckpt.state import ModuleState, OptimizerState
+from shardckpt.state.skeleton import child_node, module_entries
+from shardckpt.state.values import pairs_of
+from shardckpt.storage import local_path
+
+VERSION: Final = "pytorch-lightning_version"
+"""The key by which Lightning knows a checkpoint of its own, and we a Trainer's dict among other dicts."""
+
+
+def is_ordinary(path: str, storage_options: Mapping[str, Any] | None) -> bool:
+    """Whether an ordinary file lies at ``path``, and no sharded checkpoint."""
+    local = local_path(path)
+    if local is not None:
+        return os.path.isfile(os.path.expanduser(local))
+    if path.startswith("http"):
+        return True
+    if is_checkpoint(path, storage_options):
+        return False
+    filesystem, inner = url_to_fs(path, **(storage_options or {}))
+    return bool(filesystem.isfile(inner))
+
+
+class Part(LazyDict):
+    """The model's state dict, or one optimizer's: not read yet, or a dict like any other."""
+
+    def __init__(self, *args: Any, opened: OpenCheckpoint | None = None, weights_only: bool | None = None) -> None:
+        # Code that copies containers calls the class with contents alone, and gets a dict of them.
+        super().__init__(*args)
+        self._opened = opened
+        self._weights_only = weights_only
+
+    def restore_module(self, module: nn.Module, *, strict: bool) -> None:
+        """Read straight into ``module``. Raises StateMismatchError, if ``strict``, before anything is changed."""
+        self._restore({MODEL: ModuleState(module, module.state_dict())}, strict=strict)
+
+    def restore_optimizers(self, optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+        """Read the state of all optimizers of the checkpoint, matched by the names that ``module`` gives parameters."""
+        states = [OptimizerState(optimizer, optimizer.state_dict(), {MODEL: module}) for optimizer in optimizers]
+        self._restore({OPTIMIZERS: states}, strict=True)
+
+    def _restore(self, state: dict[str, Any], *, strict: bool) -> None:
+        assert self._opened is not None, "only parts that were not read yet are restored"
+        self._opened.restore(state, strict=strict, weights_only=self._weights_only)
+
+
+class Reading:
+    """One open checkpoint and how it is to be read."""
+
+    def __init__(self, opened: OpenCheckpoint, map_location: Any, weights_only: bool | None) -> None:
+        self._opened = opened
+        self._map_location = map_location
+        self._weights_only = weights_only
+
+    def everything(self) -> Any:
+        """The whole checkpoint as plain values and new tensors."""
+        return self._value()
+
+    def lazily(self) -> dict[str, Any]:
+        """A Trainer's checkpoint, less the model's and optimizers' tensors, which are read when somebody looks at them.
+
+        Raises UsageError for a checkpoint that is no Trainer's.
+        """
+        keys = self._opened.keys()
+        if VERSION not in keys:
+            raise UsageError(
+                f"{self._opened.path} was not saved by a Trainer: it lacks {VERSION!r}. Use shardckpt.load."
+            )
+        return {key: self._part(key) if key == MODEL else self._but_optimizers(key) for key in keys}
+
+    def for_inference(self) -> dict[str, Any]:
+        """The whole checkpoint, less the optimizers' tensors, which nobody asks for once training is over."""
+        keys = self._opened.keys()
+        return {key: self._but_optimizers(key) for key in keys}
+
+    def into(self, state: nn.Module | Optimizer | dict[str, Any]) -> dict[str, Any] | None:
+        """Restore into ``state`` in place; returns what is still to be applied, None where that is nothing."""
+        if isinstance(state, (nn.Module, Optimizer)):
+            return self._into_objects({"": state})
+        return self._into_trainer_state(state) if VERSION in state and MODEL in state else self._into_objects(state)
+
+    # -- into live state ----------------------------------------------------------------------------------------------
+
+    def _into_trainer_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A Trainer's dict: model tensors that fit are read in place, and stand for themselves in what is returned.
+
+        The optimizers' states in it show no live tensors before the first step, so those are read anew.
+        """
+        keys = self._opened.keys()
+        rest = {key: self._value(key) for key in keys if key != MODEL}
+        names = self._children(MODEL)
+        live = {name: value for name, value in state[MODEL].items() if name in names and self._fits(name, value)}
+        self._opened.restore({MODEL: live}, strict=False, weights_only=self._weights_only)
+        return {MODEL: {name: live[name] if name in live else self._value(MODEL, name) for name in names}} | rest
+
+    def _fits(self, name: str, value: Any) -> bool:
+        entry = self._opened.manifest.resolve(f"{MODEL}.{name}")
+        return (
+            isinstance(value, Tensor)
+            and entry is not None
+            and tuple(value.shape) == tuple(entry.shape)
+            and str(value.dtype) == f"torch.{entry.dtype}"
+        )
+
+    def _into_objects(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """A dict of modules, optimizers and other values, by keys of the checkpoint.
+
+        The one module and the optimizers that the checkpoint has no key for are the Trainer's ``state_dict`` and
+        ``optimizer_states``.
+        """
+        saved = self._opened.keys()
+        target = {key: value for key, value in state.items() if key in saved}
+        others = [value for key, value in state.items() if key not in saved]
+        modules = [value for value in others if isinstance(value, nn.Module)]
+        if MODEL in saved and MODEL not in target and len(modules) == 1:
+            target[MODEL] = modules[0]
+            others.remove(modules[0])
+        optimizers = [value for value in others if isinstance(value, Optimizer)]
+        by_order = OPTIMIZERS in saved and OPTIMIZERS not in target and bool(optimizers)
+        if by_order and any(isinstance(value, nn.Module) for value in target.values()):
+            target[OPTIMIZERS] = optimizers
+            by_order = False
+        if by_order and len(optimizers) != len(states := self._children(OPTIMIZERS)):
+            raise UsageError(
+                f"{self._opened.path} holds the state of {len(states)} optimizers, and {len(optimizers)} were given."
+            )
+        if by_order:
+            others = [value for value in others if value not in optimizers]
+        elif OPTIMIZERS in target:
+            others = [value for value in others if not isinstance(value, Optimizer)]
+        if others:
+            unknown = [key for key, value in state.items() if any(value is other for other in others)]
+            raise UsageError(f"{self._opened.path} has nothing for {unknown}; it has {saved}.")
+        self._opened.restore(target, map_location=self._map_location, weights_only=self._weights_only)
+        state.update((key, target[key]) for key in state if key in target)
+        for index, optimizer in enumerate(optimizers if by_order else []):
+            optimizer.load_state_dict(self._value(OPTIMIZERS, index))
+        applied = {*target, OPTIMIZERS} if by_order else set(target)
+        return {key: self._value(key) for key in saved if key not in applied} or None
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def _value(self, *place: Any) -> Any:
+        return self._opened.materialise(place, map_location=self._map_location, weights_only=self._weights_only)
+
+    def _part(self, *place: Any) -> Part:
+        part = Part(opened=self._opened, weights_only=self._weights_only)
+        part.read_with(lambda: self._value(*place))
+        return part
+
+    def _but_optimizers(self, key: Any) -> Any:
+        return [self._part(key, index) for index in self._children(key)] if key == OPTIMIZERS else self._value(key)
+
+    def _children(self, *place: Any) -> list[Any]:
+        """The keys or indices of a container of the state, in order."""
+        node = self._opened.manifest.state
+        for depth, key in enumerate(place):
+            node = child_node(node, key, ".".join(map(str, place[:depth])))
+        if isinstance(node, list):
+            return list(range(len(node)))
+        entries = module_entries(node)
+        return list(entries) if entries is not None else [key for key, _ in pairs_of(node) or []]

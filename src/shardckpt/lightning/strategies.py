@@ -1,0 +1,212 @@
+"""Strategies bound to the plugin: every rank writes its part, and tensors are read straight into the live model.
+
+Stock Lightning calls a plugin's ``save_checkpoint`` on rank 0 alone and hands whole dicts around when it loads. A bound
+strategy is an instance of a subclass of its own class that overrides just these places.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+
+from shardckpt.lightning import flavours
+from shardckpt.lightning.plugin import Running, ShardedCheckpointIO
+from shardckpt.lightning.restore import Part
+from shardckpt.lightning.snapshot import MODEL, OPTIMIZERS, Produced
+from shardckpt.state import ModuleState, OptimizerState
+
+log = logging.getLogger(__name__)
+
+_STANDARD: Final = ("save_checkpoint", "load_checkpoint", "load_model_state_dict", "load_optimizer_state_dict")
+"""What a strategy must have left as Lightning's base class has it, for the binding to know what it replaces."""
+
+
+def can_bind(strategy_class: Any) -> bool:
+    """Whether checkpoints of this strategy class go through ``CheckpointIO`` the standard way, as those of DDP do.
+
+    FSDP, ModelParallel, DeepSpeed and XLA write theirs by other ways, and so may a user's subclass.
+    """
+    flavour = next((flavour for flavour in flavours.loaded() if flavour.defines(strategy_class)), None)
+    if flavour is None:
+        return False
+    base = flavours.attribute(flavour, "strategies", "Strategy")
+    return all(getattr(strategy_class, name) is getattr(base, name) for name in _STANDARD)
+
+
+def is_bound(strategy_class: Any) -> bool:
+    return "_shardckpt_bound" in vars(strategy_class)
+
+
+def plugin_of(strategy: Any) -> ShardedCheckpointIO | None:
+    """The strategy's plugin, if it is ours."""
+    plugin = strategy.checkpoint_io
+    return plugin if isinstance(plugin, ShardedCheckpointIO) else None
+
+
+def prepare(strategy: Any) -> None:
+    """Warm the memory that this rank's part of a checkpoint takes, beside training: the first save is fast then too."""
+    if (plugin := plugin_of(strategy)) is not None:
+        module = strategy.lightning_module
+        states = [OptimizerState(o, o.state_dict(), {MODEL: module}) for o in strategy.optimizers]
+        plugin.checkpointer.prepare({MODEL: ModuleState(module, module.state_dict()), OPTIMIZERS: states})
+
+
+@functools.cache
+def sharded(base: Any) -> Any:
+    """The subclass of strategy class ``base`` whose instances are bound. Calls with one class return one class.
+
+    Single inheritance, so that an existing instance can change its class to it.
+    """
+    flavour = next(flavour for flavour in flavours.ALL if flavour.defines(base))
+    lightning_optimizer = flavours.attribute(flavour, "core.optimizer", "LightningOptimizer")
+    to_device = flavour.fabric_module("utilities.optimizer")._optimizer_to_device
+
+    class Bound(base):  # type: ignore[misc]  # the base is known when it runs, not before
+        _shardckpt_bound = True
+
+        @property
+        def checkpoint_io(self) -> Any:
+            if vars(self).get("_checkpoint_io") is None:
+                self.checkpoint_io = ShardedCheckpointIO()
+            return super().checkpoint_io
+
+        @checkpoint_io.setter
+        def checkpoint_io(self, plugin: Any) -> None:
+            self._checkpoint_io = plugin
+
+        @property
+        def _shardckpt_produced(self) -> Produced:
+            if "_shardckpt_notes" not in vars(self):
+                self._shardckpt_notes = Produced()
+            return self._shardckpt_notes
+
+        # -- saving
+
+        def setup(self, trainer: Any) -> None:
+            super().setup(trainer)
+            self._shardckpt_fitting = trainer.state.fn == "fit"
+
+        def lightning_module_state_dict(self) -> Any:
+            state_dict = super().lightning_module_state_dict()
+            self._shardckpt_produced.module(self.lightning_module, state_dict)
+            return state_dict
+
+        def optimizer_state(self, optimizer: Any) -> Any:
+            state_dict = super().optimizer_state(optimizer)
+            wrapped = isinstance(optimizer, lightning_optimizer)
+            self._shardckpt_produced.optimizer(optimizer.optimizer if wrapped else optimizer, state_dict)
+            return state_dict
+
+        def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any | None = None) -> None:
+            plugin = plugin_of(self)
+            if plugin is None:
+                super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+                return
+            try:
+                plugin.save_from_every_rank(checkpoint, filepath, storage_options, _running(self, filepath))
+            finally:
+                self._shardckpt_produced.forget()
+
+        def remove_checkpoint(self, filepath: Any) -> None:
+            plugin = plugin_of(self)
+            if plugin is None:
+                super().remove_checkpoint(filepath)
+            elif self.is_global_zero:
+                if plugin.is_resumed_from(filepath, getattr(_trainer(self), "ckpt_path", None)):
+                    log.info("keeping %s: this run was resumed from it", filepath)
+                else:
+                    plugin.remove_checkpoint(filepath)
+
+        # -- loading
+
+        def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **_: Any) -> Any:
+            """Read the plain values. Tensors follow in `load_model_state_dict` and `load_optimizer_state_dict`.
+
+            A Trainer of the documented contract passes ``state`` too. It holds no optimizers at this point, so the live
+            ones are found later, here as well.
+            """
+            plugin = plugin_of(self)
+            if plugin is None:
+                return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+            return plugin.load_lazily(checkpoint_path, weights_only)
+
+        def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+            state_dict = checkpoint[MODEL]
+            module = self.lightning_module
+            plain = type(module).load_state_dict is torch.nn.Module.load_state_dict
+            if isinstance(state_dict, Part) and state_dict.is_untouched and plain:
+                state_dict.restore_module(module, strict=strict)
+            else:
+                super().load_model_state_dict(checkpoint, strict=strict)
+
+        def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+            states = checkpoint[OPTIMIZERS]
+            untouched = all(isinstance(state, Part) and state.is_untouched for state in states)
+            if states and untouched and len(states) == len(self.optimizers):
+                states[0].restore_optimizers(self.optimizers, self.lightning_module)
+                for optimizer in self.optimizers:
+                    to_device(optimizer, self.root_device)
+            else:
+                super().load_optimizer_state_dict(checkpoint)
+
+        # -- the rest
+
+        def teardown(self) -> None:
+            self._shardckpt_fitting = False
+            self._shardckpt_produced.forget()
+            plugin = plugin_of(self)
+            if plugin is None:
+                super().teardown()
+                return
+            with plugin.tearing_down(interrupted=_status(_trainer(self)) == "interrupted"):
+                super().teardown()
+
+        def __getstate__(self) -> dict[str, Any]:
+            state: dict[str, Any] = super().__getstate__()
+            return {key: value for key, value in state.items() if key not in ("_shardckpt_notes", "_shardckpt_fitting")}
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            # The class exists in no module, so a pickle names the class that it was made from.
+            return (_new, (base,), self.__getstate__())
+
+    Bound.__name__ = Bound.__qualname__ = f"Sharded{base.__name__}"
+    Bound.__doc__ = f"`{base.__name__}`, every process of which writes its own shard of each checkpoint."
+    Bound.__module__ = __name__
+    return Bound
+
+
+def _new(base: Any) -> Any:
+    bound = sharded(base)
+    return bound.__new__(bound)
+
+
+def _trainer(strategy: Any) -> Any | None:
+    # The module's own `trainer` property raises where there is none.
+    return getattr(strategy.lightning_module, "_trainer", None)
+
+
+def _status(trainer: Any | None) -> str | None:
+    return None if trainer is None else str(trainer.state.status.value)
+
+
+def _running(strategy: Any, path: Any) -> Running:
+    trainer = _trainer(strategy)
+    # Between the strategy's setup and its teardown of a fit somebody waits for the save later. SLURM's handler, which
+    # alone uses this name, has the job killed as soon as the call returns.
+    waited_for = vars(strategy).get("_shardckpt_fitting", False) and _status(trainer) == "running"
+    at_once = os.path.basename(str(path)).startswith("hpc_ckpt_")
+    progress = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+    position = (
+        getattr(trainer, "global_step", None),
+        getattr(trainer, "current_epoch", None),
+        repr(getattr(progress, "batch_progress", None)),
+    )
+    return Running(
+        produced=strategy._shardckpt_produced,
+        asynchronous=waited_for and not at_once,
+        position=position,
+        replicas_agree=getattr(strategy, "_model_averager", None) is None,
+    )

@@ -1,0 +1,172 @@
+"""One save, from a flattened state to the commit: what is said between ranks, and what the background does."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from shardckpt.box import Box, relative_to, slices
+from shardckpt.codecs import ITEMSIZE, digest, digests_text
+from shardckpt.commit import TensorHead
+from shardckpt.coordinator import Operation, turn
+from shardckpt.errors import (
+    UnserialisableError,
+)
+from shardckpt.planner import Held, ShardPlan, plan_save
+from shardckpt.safetensors_format import entry_key
+from shardckpt.staging import Source
+from shardckpt.state import Flattened
+
+log = logging.getLogger(__name__)
+
+_HINT_BYTES: Final = 64 << 20
+"""Bytes that one rank writes while others hold them too, past which a hint about ``replicated=`` is logged once."""
+
+
+class Opening(msgspec.Struct, array_like=True):
+    """What each rank says at the start of a save."""
+
+    structure: str
+    outline: str
+    known: str
+    """Key of the plan that this rank has in store."""
+    may_alias: bool
+
+
+class _WireTensor(msgspec.Struct, array_like=True):
+    fqn: str
+    shape: tuple[int, ...]
+    dtype: str
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    split: bool
+    location: str
+
+
+class _WireStructure(msgspec.Struct, array_like=True):
+    tensors: list[_WireTensor]
+    aliases: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All that a plan depends on, agreed by all ranks; good for every save of the same structure."""
+
+    key: str
+    plan: ShardPlan
+    """This rank's."""
+    nbytes: int
+    """Of raw data, all ranks together."""
+    heads: dict[str, TensorHead]
+    aliases: dict[str, str]
+    speaks: bool
+    """Whether this rank's skeleton has places that rank 0's lacks, so that it goes into its rank manifest."""
+
+
+def structure_key(openings: Sequence[Opening]) -> str:
+    return digests_text([digest("\0".join(opening.structure for opening in openings).encode())])
+
+
+def may_share(openings: Sequence[Opening], structure: "Structure | None") -> bool:
+    """Whether this save may share the shards of the last one: every rank allows it, and nothing else has changed."""
+    return (
+        all(opening.may_alias for opening in openings)
+        and structure is not None
+        and structure_key(openings) == structure.key
+        and len({opening.outline for opening in openings if opening.outline}) == 1
+    )
+
+
+def agree_on_structure(operation: Operation, flat: Flattened, openings: Sequence[Opening]) -> Structure:
+    """Exchange what every rank holds, and plan. Identical descriptions cross the wire once."""
+    with turn(operation, "describe") as digested:
+        try:
+            body = msgspec.msgpack.encode(_describe(flat, operation.world_size))
+        except UnicodeEncodeError as error:
+            raise UnserialisableError(f"the tensor name {error.object!r} is not Unicode: {error.reason}.") from error
+        digested.word = digests_text([digest(body)]).encode()
+    digests = digested.heard
+    is_first = digests.index(digested.word) == operation.rank
+    bodies = operation.agree("structure", body if is_first else b"")
+    decoded = {
+        mark: msgspec.msgpack.decode(bodies[digests.index(mark)], type=_WireStructure)
+        for mark in dict.fromkeys(digests)
+    }
+    held = {mark: _held(structure) for mark, structure in decoded.items()}
+    plans = plan_save([held[mark] for mark in digests], ITEMSIZE)
+    heads: dict[str, TensorHead] = {}
+    aliases: dict[str, str] = {}
+    for structure in decoded.values():
+        for tensor in structure.tensors:
+            heads.setdefault(tensor.fqn, TensorHead(tensor.dtype, tensor.shape, tensor.location))
+        aliases.update(structure.aliases)
+    if operation.rank == 0:
+        _hint(plans, digests, decoded)
+    return Structure(
+        key=structure_key(openings),
+        plan=plans[operation.rank],
+        nbytes=sum(item.nbytes for plan in plans for item in plan.items),
+        heads=heads,
+        aliases={alias: target for alias, target in aliases.items() if alias not in heads and target in heads},
+        speaks=operation.rank == 0 or openings[operation.rank].outline not in ("", openings[0].outline),
+    )
+
+
+def _describe(flat: Flattened, world_size: int) -> _WireStructure:
+    tensors = [
+        _WireTensor(
+            leaf.fqn,
+            leaf.shape,
+            leaf.dtype,
+            [(box.offsets, box.lengths) for box in leaf.boxes],
+            leaf.split,
+            # On several ranks a tensor is on several devices, so its tag names only their type.
+            leaf.location if world_size == 1 else leaf.location.partition(":")[0],
+        )
+        for leaf in flat.tensors.values()
+    ]
+    return _WireStructure(tensors, flat.aliases)
+
+
+def _held(structure: _WireStructure) -> tuple[Held, ...]:
+    return tuple(
+        Held(tensor.fqn, tensor.shape, tensor.dtype, tuple(Box(*box) for box in tensor.boxes), tensor.split)
+        for tensor in structure.tensors
+    )
+
+
+def _hint(plans: Sequence[ShardPlan], digests: Sequence[bytes], decoded: dict[bytes, _WireStructure]) -> None:
+    """Say once that ``replicated=`` would share the writing of what the lowest rank alone now writes."""
+    if len(digests) < 2 or len(decoded) > 1:
+        return
+    whole = {tensor.fqn for tensor in decoded[digests[0]].tensors if not tensor.split}
+    nbytes = sum(item.nbytes for item in plans[0].items if item.fqn in whole)
+    if nbytes >= _HINT_BYTES:
+        log.info(
+            "rank 0 writes %d MiB of tensors that the other ranks hold too, because they may differ by rank. If they"
+            " are equal everywhere, `replicated=True`, or patterns of their names, shares the work.",
+            nbytes >> 20,
+        )
+
+
+def sources(plan: ShardPlan, flat: Flattened) -> list[Source]:
+    """A rank's part of the plan, with the memory each entry is in."""
+    found = []
+    for item in plan.items:
+        leaf = flat.tensors[item.fqn]
+        view = leaf.views[item.held]
+        if leaf.boxes[item.held] != item.box:
+            view = view[slices(relative_to(leaf.boxes[item.held], item.box))]
+        key = entry_key(item.fqn, leaf.shape, item.box)
+        found.append(Source(key, item.fqn, leaf.dtype, item.box, view, item.nbytes))
+    return found
+
+
+def bytes_to_stage(flat: Flattened, world_size: int) -> int:
+    """About the bytes that one rank of ``world_size`` will write of a state."""
+    nbytes = 0
+    for leaf in flat.tensors.values():
+        held = sum(view.numel() * view.element_size() for view in leaf.views)
+        nbytes += held // world_size if leaf.split else held
+    return nbytes

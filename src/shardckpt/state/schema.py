@@ -1,0 +1,170 @@
+"""What a skeleton may look like: checked once, when a manifest is read, so that nobody after has to doubt it.
+
+The skeleton of a hostile manifest could otherwise send the code that walks it anywhere: a tag with an impossible
+argument, a key that cannot be hashed, ten thousand levels of nesting. The check itself does not recurse.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from shardckpt.errors import CorruptCheckpointError
+from shardckpt.manifest import Manifest
+from shardckpt.state import values
+
+Json = Any
+
+MAX_DEPTH: Final = 200
+"""Levels of JSON in a skeleton. Restoring recurses, and Python stops at 1,000 frames, of which the caller has some."""
+
+SPARSE_PARTS: Final = {
+    "sparse_coo": {"indices", "values"},
+    "sparse_csr": {"crow_indices", "col_indices", "values"},
+    "sparse_bsr": {"crow_indices", "col_indices", "values"},
+    "sparse_csc": {"ccol_indices", "row_indices", "values"},
+    "sparse_bsc": {"ccol_indices", "row_indices", "values"},
+}
+"""The parts that a sparse tensor of each layout is stored as."""
+
+Child = tuple[str, Json]
+"""The path of a node, for messages, and the node."""
+
+
+def check_skeleton(manifest: Manifest, where: str) -> None:
+    """Raise CorruptCheckpointError, naming the place in the state, where ``manifest.state`` cannot be restored.
+
+    ``where`` names the file in messages.
+    """
+    level: list[Child] = [("", manifest.state)]
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return
+        level = [child for path, node in level for child in _children(manifest, path, node, where)]
+    raise CorruptCheckpointError(
+        f"{where}: the state is nested deeper than {MAX_DEPTH} levels, at {level[0][0][:80]!r} for one."
+    )
+
+
+def _children(manifest: Manifest, path: str, node: Json, where: str) -> Iterator[Child]:
+    tag = values.tag_of(node)
+    try:
+        if tag in _CHILDREN:
+            return iter(_CHILDREN[tag](manifest, path, node[tag]))
+        if tag is not None:
+            values.decode_scalar(node, path)
+        elif isinstance(node, dict):
+            return iter([(_at(path, key), value) for key, value in node.items()])
+        elif isinstance(node, list):
+            return iter(_items(path, node))
+        return iter(())
+    except (CorruptCheckpointError, TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        raise CorruptCheckpointError(
+            f"{where}: the state has {str(node)[:80]} at {path or 'the root'!r}, which means nothing: {error}. The "
+            "manifest is damaged; load another checkpoint."
+        ) from error
+
+
+def _at(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _require(true: bool, what: str) -> None:
+    if not true:
+        raise ValueError(what)
+
+
+def _items(path: str, node: Json) -> list[Child]:
+    _require(isinstance(node, list), "its items are no list")
+    return [(_at(path, index), item) for index, item in enumerate(node)]
+
+
+def _hashable_items(path: str, node: Json) -> list[Child]:
+    items = _items(path, node)
+    for _, item in items:
+        if values.tag_of(item) != "$object":
+            _check_key(item)
+    return items
+
+
+def _pairs(path: str, node: Json) -> list[Child]:
+    _require(isinstance(node, list), "its items are no list of pairs")
+    children = []
+    for pair in node:
+        _require(isinstance(pair, list) and len(pair) == 2, "its items are no pairs")
+        _check_key(pair[0])
+        children.append((_at(path, str(pair[0])[:40]), pair[1]))
+    return children
+
+
+def _check_key(node: Json, depth: int = 0) -> None:
+    """A key is a scalar, or a tuple or frozen set of keys."""
+    _require(depth < 20, "a key is nested too deeply")
+    tag = values.tag_of(node)
+    if tag in ("$tuple", "$frozenset"):
+        _require(isinstance(node[tag], list), "a key's items are no list")
+        for item in node[tag]:
+            _check_key(item, depth + 1)
+    else:
+        hash(values.decode_scalar(node, "a key"))
+
+
+def _tensor(manifest: Manifest, path: str, name: Json) -> list[Child]:  # noqa: ARG001 - the signature of _CHILDREN
+    _require(isinstance(name, str) and manifest.resolve(name) is not None, "the manifest lists no such tensor")
+    return []
+
+
+def _object(manifest: Manifest, path: str, name: Json) -> list[Child]:  # noqa: ARG001 - the signature of _CHILDREN
+    _require(isinstance(name, str) and name in manifest.objects, "the manifest lists no such object")
+    return []
+
+
+def _defaultdict(_: Manifest, path: str, node: Json) -> list[Child]:
+    factory, pairs = node
+    _require(factory is None or factory in values.FACTORIES, "its factory is unknown")
+    return _pairs(path, pairs)
+
+
+def _module(_: Manifest, path: str, node: Json) -> list[Child]:
+    _require(all(type(version) is int for version in node["versions"].values()), "a version is no number")
+    return [(_at(path, name), value) for name, value in node["entries"].items()]
+
+
+def _optimizer(_: Manifest, path: str, node: Json) -> list[Child]:
+    children = [(_at(path, f"state.{name}"), value) for name, value in node["state"].items()]
+    children += _pairs(_at(path, "state"), node.get("loose", []))
+    _require(isinstance(node["param_groups"], list), "its param_groups are no list")
+    for index, group in enumerate(node["param_groups"]):
+        params, options = group["params"], group["options"]
+        _require(isinstance(params, list) and all(type(name) is str for name in params), "params are no names")
+        pairs = values.pairs_of(options)
+        _require(pairs is not None and all(type(key) is str for key, _ in pairs), "options are no dict")
+        children.append((_at(path, f"param_groups.{index}"), options))
+    if "rest" in node:
+        _require(values.pairs_of(node["rest"]) is not None, "its rest is no dict")
+        children.append((path, node["rest"]))
+    return children
+
+
+def _sparse(_: Manifest, path: str, node: Json) -> list[Child]:
+    parts = node["parts"]
+    _require(SPARSE_PARTS[node["layout"]] == parts.keys(), "its parts are not those of its layout")
+    _require(all(values.tag_of(part) == "$tensor" for part in parts.values()), "a part is no tensor")
+    _require(all(type(n) is int and 0 <= n < 1 << 63 for n in node["size"]), "its size is impossible")
+    _require(type(node["coalesced"]) is bool, "coalesced is neither true nor false")
+    return [(_at(path, name), part) for name, part in parts.items()]
+
+
+_CHILDREN: Final[dict[str | None, Callable[[Manifest, str, Json], list[Child]]]] = {
+    "$tensor": _tensor,
+    "$ndarray": _tensor,
+    "$object": _object,
+    "$tuple": lambda _, path, node: _items(path, node),
+    "$set": lambda _, path, node: _hashable_items(path, node),
+    "$frozenset": lambda _, path, node: _hashable_items(path, node),
+    "$dict": lambda _, path, node: _pairs(path, node),
+    "$ordered": lambda _, path, node: _pairs(path, node),
+    "$counter": lambda _, path, node: _pairs(path, node),
+    "$defaultdict": _defaultdict,
+    "$module": _module,
+    "$optimizer": _optimizer,
+    "$sparse": _sparse,
+}

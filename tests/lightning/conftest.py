@@ -1,0 +1,33 @@
+"""What the tests of the Lightning adapter share."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# The helpers beside this file are for scripts too, which have their own folder on the path.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import toy
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.lightning)
+            # Lightning warns about CPUs, workers and folders, none of which is under test.
+            item.add_marker(pytest.mark.filterwarnings("ignore::UserWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore::DeprecationWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore::FutureWarning"))
+
+
+@pytest.fixture(scope="session")
+def lightning() -> Any:
+    pytest.importorskip("lightning")
+    return toy.package("lightning.pytorch")
+
+
+@pytest.fixture(scope="session")
+def Toy(lightning: Any) -> Any:  # noqa: N802 - it is a class
+    return toy.module_class(lightning)

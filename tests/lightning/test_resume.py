@@ -1,0 +1,355 @@
+"""Resuming on a single device: everything comes back, and nothing more is read than is needed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from torch import nn
+
+from shardckpt import CheckpointNotFoundError, StateMismatchError, UnsafeLoadError
+from shardckpt.loading import OpenCheckpoint
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The places of the state that are read, each as text."""
+    seen: list[str] = []
+    materialise, restore = OpenCheckpoint.materialise, OpenCheckpoint.restore
+
+    def spying_materialise(self: OpenCheckpoint, prefix: Any = (), **options: Any) -> Any:
+        seen.append("new " + ".".join(map(str, prefix)))
+        return materialise(self, prefix, **options)
+
+    def spying_restore(self: OpenCheckpoint, state: Any, **options: Any) -> Any:
+        seen.extend(f"live {key}" for key in state)
+        return restore(self, state, **options)
+
+    monkeypatch.setattr(OpenCheckpoint, "materialise", spying_materialise)
+    monkeypatch.setattr(OpenCheckpoint, "restore", spying_restore)
+    return seen
+
+
+@pytest.fixture
+def saved(tmp_path: Path, lightning: Any, Toy: Any) -> Path:
+    """A checkpoint of a finished run of one epoch."""
+    lightning.seed_everything(3, verbose=False)
+    run = toy.trainer(lightning, tmp_path / "run", checkpoint={"filename": "one"}, max_epochs=1)
+    run.fit(Toy(), toy.loader(), toy.loader(32))
+    return tmp_path / "run" / "one.ckpt"
+
+
+def test_resumed_at_an_epoch_boundary_equals_uninterrupted(tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """Two epochs, and one epoch resumed for another, end with the same bits in model, optimizer and scheduler."""
+
+    def fit(epochs: int, folder: str, ckpt_path: str | None = None) -> Any:
+        lightning.seed_everything(1, verbose=False)
+        record = toy.recorder(lightning)
+        options = {"checkpoint": {"save_last": True}, "callbacks": [record], "max_epochs": epochs}
+        toy.trainer(lightning, tmp_path / folder, **options).fit(
+            Toy(), toy.loader(), toy.loader(32), ckpt_path=ckpt_path
+        )
+        return record
+
+    whole = fit(3, "whole")
+    first = fit(1, "parts")
+    second = fit(3, "parts", "last")
+    assert second.position == (1, 12)
+    assert second.start == first.end
+    assert second.end == whole.end != first.end
+
+
+def test_everything_that_lightning_saves_comes_back(tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """Callbacks, datamodule, precision state, loops, hyper-parameters and what hooks add survive a resume."""
+
+    class Stateful(lightning.callbacks.Callback):  # type: ignore[misc]
+        def __init__(self, value: Any = None) -> None:
+            self.value = value
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"value": self.value}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.value = state_dict["value"]
+
+    class Scaled(lightning.plugins.Precision):  # type: ignore[misc]
+        scale = 1.0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"scale": self.scale, "growth": torch.tensor([2.0])}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.scale, self.growth = state_dict["scale"], state_dict["growth"]
+
+    class Hooked(Toy):  # type: ignore[misc, valid-type]
+        seen = None
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["cool"] = {"things": [1, torch.ones(2)], 3: (4, None)}
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.seen = checkpoint["cool"], checkpoint["hyper_parameters"], checkpoint["pytorch-lightning_version"]
+
+    from shardckpt.lightning import ShardedCheckpointIO
+
+    def run(value: Any, precision: Any, epochs: int, ckpt_path: str | None) -> Any:
+        callback, model, data = Stateful(value), Hooked(lr=0.02), toy.counting_class(lightning)()
+        trainer = toy.trainer(
+            lightning,
+            tmp_path,
+            checkpoint={"monitor": "val_loss", "save_top_k": 2, "save_last": True},
+            callbacks=[callback],
+            plugins=[precision, ShardedCheckpointIO()],
+            max_epochs=epochs,
+        )
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+        return trainer, callback, model, data
+
+    precision = Scaled()
+    precision.scale = 64.0
+    before, *_ = run({"t": torch.arange(5), "n": float("inf")}, precision, 2, None)
+    fresh = Scaled()
+    after, callback, model, data = run(None, fresh, 2, str(tmp_path / "last.ckpt"))
+
+    assert (after.current_epoch, after.global_step) == (2, 24)
+    assert torch.equal(callback.value["t"], torch.arange(5))
+    assert callback.value["n"] == float("inf")
+    assert (fresh.scale, fresh.growth.tolist()) == (64.0, [2.0])
+    assert data.handed_out >= 1
+    assert data.shown.tolist() == [0, 1, 2]
+    cool, hparams, version = model.seen
+    assert cool["things"][1].tolist() == [1, 1]
+    assert cool[3] == (4, None)
+    assert hparams == {"width": 24, "lr": 0.02, "note": None}
+    assert version == lightning.__version__
+    best, again = before.checkpoint_callback, after.checkpoint_callback
+    assert again.best_k_models == best.best_k_models
+    assert torch.equal(again.best_model_score, best.best_model_score)
+
+
+def test_several_optimizers_by_hand(tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """Manual optimization with two optimizers of different kinds and their schedulers resumes bit for bit."""
+
+    class ByHand(Toy):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.other = nn.Linear(toy.FEATURES, toy.CLASSES)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer, output in zip(self.optimizers(), (self.net, self.other), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(nn.functional.cross_entropy(output(batch[0]), batch[1]))
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            first = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9)
+            second = torch.optim.Adam(self.other.parameters(), lr=0.01, amsgrad=True)
+            return [first, second], [torch.optim.lr_scheduler.ExponentialLR(second, 0.5)]
+
+    def fit(epochs: int, ckpt_path: str | None = None) -> Any:
+        lightning.seed_everything(1, verbose=False)
+        record = toy.recorder(lightning)
+        run = toy.trainer(lightning, tmp_path, checkpoint={"filename": "a"}, callbacks=[record], max_epochs=epochs)
+        run.fit(ByHand(), toy.loader(), ckpt_path=ckpt_path)
+        return record
+
+    first = fit(1)
+    assert fit(2, str(tmp_path / "a.ckpt")).start == first.end
+    assert any(name.endswith("max_exp_avg_sq") for name in first.end)
+
+
+def test_tensors_are_read_in_place_and_once(saved: Path, lightning: Any, Toy: Any, reads: list[str]) -> None:
+    """A resume reads model and optimizer straight into the live ones and builds no copy of either."""
+    model = Toy()
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    toy.trainer(lightning, saved.parent, max_epochs=1).fit(model, toy.loader(), ckpt_path=saved)
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+    assert [read for read in reads if read.startswith("live")] == ["live state_dict", "live optimizer_states"]
+    assert not [read for read in reads if read.startswith(("new state_dict", "new optimizer_states"))]
+
+
+@pytest.mark.parametrize("call", ["validate", "test", "predict"])
+def test_evaluation_does_not_read_the_optimizers(
+    call: str, saved: Path, lightning: Any, Toy: Any, reads: list[str]
+) -> None:
+    """``validate``, ``test`` and ``predict`` restore the weights, and leave two thirds of the bytes where they are."""
+    model = Toy()
+    run = toy.trainer(lightning, saved.parent)
+    getattr(run, call)(model, toy.loader(32), ckpt_path=str(saved))
+    expected = Toy.load_from_checkpoint(saved).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert "live optimizer_states" not in reads
+    assert not any(read.startswith("new optimizer_states") for read in reads)
+
+
+def test_a_hook_may_change_the_weights(saved: Path, lightning: Any, Toy: Any) -> None:
+    """What ``on_load_checkpoint`` does to the state dict is what the model gets, as in stock Lightning."""
+
+    class Renamed(Toy):  # type: ignore[misc, valid-type]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.body = self.net
+            del self.net
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.body(batch[0]), batch[1])
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            old = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name.replace("net.", "body."): value * 2 for name, value in old.items()}
+
+    model = Renamed()
+    toy.trainer(lightning, saved.parent).validate(model, toy.loader(32), ckpt_path=saved)
+    plain = Toy.load_from_checkpoint(saved)
+    assert torch.equal(model.body[0].weight, plain.net[0].weight * 2)
+
+
+def test_a_hook_may_change_the_weights_in_place(saved: Path, lightning: Any, Toy: Any) -> None:
+    """A hook that writes into the dict that it was shown is honoured too."""
+
+    class Doubling(Toy):  # type: ignore[misc, valid-type]
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"]["net.0.weight"].mul_(2)
+            checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = 0.125
+
+    model = Doubling()
+    record = toy.recorder(lightning)
+    run = toy.trainer(lightning, saved.parent, callbacks=[record], max_epochs=1)
+    run.fit(model, toy.loader(), ckpt_path=saved)
+    plain = Toy.load_from_checkpoint(saved)
+    assert torch.equal(model.net[0].weight, plain.net[0].weight * 2)
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.125
+    assert "param_names" not in run.optimizers[0].param_groups[0]
+
+
+def test_another_shape_is_refused_before_anything_changes(saved: Path, lightning: Any, Toy: Any) -> None:
+    """A model that does not fit is left as it was, and the error names every difference."""
+    model = Toy(width=25)
+    before = {name: toy.digest(tensor) for name, tensor in model.state_dict().items()}
+    with pytest.raises(StateMismatchError, match=r"net\.0\.weight.*\n.*net\.0\.bias"):
+        toy.trainer(lightning, saved.parent).fit(model, toy.loader(), ckpt_path=saved)
+    assert {name: toy.digest(tensor) for name, tensor in model.state_dict().items()} == before
+
+
+def test_strict_loading_can_be_turned_off(saved: Path, lightning: Any, Toy: Any) -> None:
+    """``strict_loading = False`` restores what matches and leaves the rest."""
+
+    class Larger(Toy):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+
+    with pytest.raises(StateMismatchError, match=r"missing.*head\.weight"):
+        toy.trainer(lightning, saved.parent).validate(Larger(), toy.loader(32), ckpt_path=saved)
+    model = Larger()
+    model.strict_loading = False
+    toy.trainer(lightning, saved.parent).validate(model, toy.loader(32), ckpt_path=saved)
+    assert torch.equal(model.net[0].weight, Toy.load_from_checkpoint(saved).net[0].weight)
+
+
+def test_a_model_with_its_own_loading_is_asked(saved: Path, lightning: Any, Toy: Any) -> None:
+    """A module that overrides ``load_state_dict`` gets the whole dict and decides by itself."""
+
+    class Own(Toy):  # type: ignore[misc, valid-type]
+        def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            self.given = sorted(state_dict)
+            kept = {name: value for name, value in state_dict.items() if "running" not in name}
+            return super().load_state_dict(kept, strict=False)
+
+    model = Own()
+    toy.trainer(lightning, saved.parent).validate(model, toy.loader(32), ckpt_path=saved)
+    assert model.given == sorted(Toy().state_dict())
+    assert model.net[1].running_mean.eq(0).all()
+    assert model.net[0].weight.equal(Toy.load_from_checkpoint(saved).net[0].weight)
+
+
+def test_best_and_last_are_found(tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """``ckpt_path="best"`` and ``"last"`` name what the callback kept."""
+    options = {"monitor": "val_loss", "save_top_k": 1, "save_last": True}
+    run = toy.trainer(lightning, tmp_path, checkpoint=options)
+    model = Toy()
+    run.fit(model, toy.loader(), toy.loader(32))
+    trained = {name: toy.digest(value) for name, value in model.state_dict().items()}
+    run.test(ckpt_path="best", dataloaders=toy.loader(32))
+    fresh = Toy()
+    run.test(fresh, ckpt_path="last", dataloaders=toy.loader(32))
+    assert {name: toy.digest(value) for name, value in fresh.state_dict().items()} == trained
+
+
+def test_last_falls_back_to_what_is_complete(tmp_path: Path, lightning: Any, Toy: Any, caplog: Any) -> None:
+    """A job that died while writing ``last.ckpt`` resumes from the newest complete checkpoint, and says so."""
+    run = toy.trainer(lightning, tmp_path, checkpoint={"filename": "{epoch}", "save_top_k": -1, "save_last": True})
+    run.fit(Toy(), toy.loader())
+    (tmp_path / "last.ckpt" / "manifest.json").unlink()
+    again = toy.trainer(lightning, tmp_path, checkpoint={"save_last": True}, max_epochs=2)
+    again.fit(Toy(), toy.loader(), ckpt_path="last")
+    assert again.ckpt_path == str(tmp_path / "epoch=1.ckpt")
+    assert "last.ckpt is not complete" in caplog.text
+
+
+def test_weights_alone_do_not_resume(tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """``save_weights_only`` is honoured: validating works, resuming fails as it does in stock Lightning."""
+    run = toy.trainer(lightning, tmp_path, checkpoint={"filename": "w", "save_weights_only": True}, max_epochs=1)
+    run.fit(Toy(), toy.loader())
+    toy.trainer(lightning, tmp_path).validate(Toy(), toy.loader(32), ckpt_path=tmp_path / "w.ckpt")
+    with pytest.raises(KeyError, match="only the model"):
+        toy.trainer(lightning, tmp_path).fit(Toy(), toy.loader(), ckpt_path=tmp_path / "w.ckpt")
+
+
+def test_pickled_objects_need_leave(tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """A hyper-parameter that is an object of the user's is refused until ``weights_only=False``, as torch has it."""
+    run = toy.trainer(lightning, tmp_path, checkpoint={"filename": "o"}, max_epochs=1)
+    run.fit(Toy(note=Path), toy.loader())
+    with pytest.raises(UnsafeLoadError, match="hyper_parameters.note"):
+        toy.trainer(lightning, tmp_path).validate(Toy(), toy.loader(32), ckpt_path=tmp_path / "o.ckpt")
+    path = tmp_path / "o.ckpt"
+    toy.trainer(lightning, tmp_path).validate(Toy(), toy.loader(32), ckpt_path=path, weights_only=False)
+
+
+def test_a_missing_checkpoint_is_named_with_its_neighbour(saved: Path, lightning: Any, Toy: Any) -> None:
+    """A directory without a manifest is no checkpoint, and the error says which complete one lies beside it."""
+    broken = saved.with_name("broken.ckpt")
+    broken.mkdir()
+    with pytest.raises(CheckpointNotFoundError, match=r"broken\.ckpt.*one\.ckpt"):
+        toy.trainer(lightning, saved.parent).fit(Toy(), toy.loader(), ckpt_path=broken)
+    with pytest.raises(FileNotFoundError, match="nothing is there"):
+        toy.trainer(lightning, saved.parent).fit(Toy(), toy.loader(), ckpt_path=saved.with_name("none.ckpt"))
+
+
+def test_the_manifest_stands_for_its_checkpoint(saved: Path, lightning: Any, Toy: Any) -> None:
+    """A path that a file dialogue can give, that of the manifest, is taken for the checkpoint's."""
+    run = toy.trainer(lightning, saved.parent, max_epochs=1)
+    run.fit(Toy(), toy.loader(), ckpt_path=saved / "manifest.json")
+    assert run.global_step == 12
+
+
+def test_averaged_weights_resume(tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """A callback that swaps the state dict for averaged weights resumes to the same bits."""
+    averaging = lightning.callbacks.weight_averaging.EMAWeightAveraging
+
+    def fit(epochs: int, folder: str, ckpt_path: str | None = None) -> Any:
+        lightning.seed_everything(1, verbose=False)
+        record = toy.recorder(lightning)
+        options = {"checkpoint": {"filename": "e"}, "callbacks": [averaging(decay=0.9), record], "max_epochs": epochs}
+        toy.trainer(lightning, tmp_path / folder, **options).fit(Toy(), toy.loader(), ckpt_path=ckpt_path)
+        return record
+
+    whole = fit(2, "whole")
+    first = fit(1, "parts")
+    second = fit(2, "parts", str(tmp_path / "parts" / "e.ckpt"))
+    assert {name for name in first.end if name.startswith("optimizer")} <= second.start.keys()
+    assert second.end == whole.end
+
+
+def test_the_learning_rate_finder_restores(tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """The tuner saves, trains and loads again within one fit: the load waits for the save in flight."""
+    lightning.seed_everything(1, verbose=False)
+    model = Toy()
+    before = {name: toy.digest(value) for name, value in model.state_dict().items()}
+    run = toy.trainer(lightning, tmp_path, max_epochs=1)
+    finder = lightning.tuner.Tuner(run).lr_find(model, toy.loader(), num_training=8, update_attr=False)
+    assert len(finder.results["lr"]) > 2
+    assert {name: toy.digest(value) for name, value in model.state_dict().items()} == before
+    assert toy.complete(tmp_path) == set()
