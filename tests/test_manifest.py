@@ -387,8 +387,8 @@ def test_claims_are_checked_before_memory_is_taken(tmp_path):
     file = Path(path, "manifest.json")
     document = json.loads(file.read_bytes())
     document["files"][0]["size"] = 1 << 50
-    document["tensors"]["w"] |= {"shape": [1 << 46, 4], "nbytes": [1 << 50 - 1], "lengths": [[1 << 46, 4]]}
-    document["tensors"]["w"]["nbytes"] = [(1 << 50) - 4096]
+    rows = (1 << 46) - 4096
+    document["tensors"]["w"] |= {"shape": [rows, 4], "nbytes": [16 * rows], "lengths": [[rows, 4]]}
     file.write_text(json.dumps(document))
     with pytest.raises(CorruptCheckpointError, match="should have 1125899906842624 bytes, and has"):
         shardckpt.load(path)

@@ -1,6 +1,4 @@
-"""The background: saves, aliases and removals of one Checkpointer, one after another, in a thread that ends when
-idle.
-"""
+"""The background of one Checkpointer: saves, aliases and removals in order, in a thread that ends when idle."""
 
 import logging
 import os

@@ -44,12 +44,10 @@ class Checkpointer:
         compression: None, ``"zstd"`` or ``("zstd", level)``; in independent frames, so that a part is read without the
             rest.
         replicated: loose tensors and buffers that are equal on all ranks, so that their writing is shared: True for
-        all,
-            or patterns of their names. Parameters, optimizer state and DTensors are shared without asking.
+            all, or patterns of their names. Parameters, optimizer state and DTensors are shared without asking.
         include, exclude: patterns (``fnmatch``) of the names that a save takes; by default all.
         staging_limit: bytes of host memory that an asynchronous save may hold; a save past it still works, but its
-        caller
-            waits for the disk. By default as much as this rank's shard.
+            caller waits for the disk. By default as much as this rank's shard.
         timeout: seconds to wait for the other ranks to make the same call.
         commit_timeout: seconds to wait in the background for the other ranks to finish writing.
         alone: agree with no other rank, whatever process group there is.
@@ -94,9 +92,7 @@ class Checkpointer:
         storage_options: Mapping[str, Any] | None = None,
         state_version: Hashable | None = None,
     ) -> SaveReport:
-        """Save ``state`` to ``path`` and return once it is committed. Arguments and errors are those of
-        `async_save`.
-        """
+        """Save ``state`` to ``path`` and return once it is committed; otherwise as `async_save`."""
         return self._start(state, path, storage_options, state_version, memory=SYNC_MEMORY).result()
 
     def async_save(
@@ -316,9 +312,7 @@ class Checkpointer:
         self._background.submit(job)
 
     def prepare(self, state: Any) -> None:
-        """Allocate and touch, in the background, the memory that saving ``state`` will need. Costs nothing but
-        memory.
-        """
+        """Allocate and touch, in the background, the memory that saving ``state`` will need."""
         self._background.check_fork()
         flat = flatten(state, replicated=self._replicated, include=self._include, exclude=self._exclude)
         nbytes = saving.bytes_to_stage(flat, 1 if self._alone else coordinator.rank_and_world_size()[1])

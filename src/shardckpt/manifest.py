@@ -150,8 +150,7 @@ def encode(manifest: Manifest | RankManifest) -> bytes:
     lines = []
     for field in msgspec.structs.fields(type(manifest)):
         value = getattr(manifest, field.name)
-        may_lack = not field.required and field.name not in ("format", "version")
-        if not (may_lack and value in (None, {})):
+        if not ((value is None and field.default is None) or (value == {} and field.default_factory is dict)):
             lines.append(f' "{field.name}": {_rows(value)}')
     text = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
     return text if len(text) <= COMPRESS_ABOVE else zstandard.ZstdCompressor(level=3).compress(text)

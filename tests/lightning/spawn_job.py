@@ -9,6 +9,8 @@ import toy
 
 L = toy.package("lightning.pytorch")
 Toy = toy.module_class(L)
+# Spawned processes find the class by its name in this module.
+Toy.__module__, Toy.__qualname__ = __name__, "Toy"
 
 
 def main() -> None:

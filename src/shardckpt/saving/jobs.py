@@ -82,9 +82,7 @@ class Order:
     """Of the background thread that runs the job."""
 
     def report(self, verdict: bytes, *, rank_nbytes: int, alias: bool) -> SaveReport:
-        """What the caller hears of a save that was committed; ``verdict`` is the size of all shards, as rank 0 said
-        it.
-        """
+        """What the caller hears of a committed save; ``verdict`` is the size of all shards, as rank 0 said it."""
         return SaveReport(
             path=self.pending.path,
             save_id=self.pending.save_id,

@@ -70,6 +70,7 @@ def structure_key(openings: Sequence[Opening]) -> str:
 
 def may_share(openings: Sequence[Opening], structure: "Structure | None") -> bool:
     """Whether this save may share the shards of the last one: every rank allows it, and nothing else has changed."""
+    import sys; print("MAYSHARE", openings, structure and structure.key, structure_key(openings), file=sys.stderr)
     return (
         all(opening.may_alias for opening in openings)
         and structure is not None

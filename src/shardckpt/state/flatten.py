@@ -92,9 +92,7 @@ class _Flattener:
         self._open: set[int] = set()
 
     def node(self, value: Any, path: str, split: bool) -> Json:
-        """The skeleton of ``value``, or `_LEFT_OUT`. ``split`` is inherited: whether tensors in it are equal on all
-        ranks.
-        """
+        """The skeleton of ``value``, or `_LEFT_OUT`. ``split`` says that its tensors are equal on all ranks."""
         if isinstance(value, Tensor):
             return self._tensor(value, path, split) if self._selected(path) else _LEFT_OUT
         if names.is_module(value):

@@ -35,13 +35,14 @@ def check_skeleton(manifest: Manifest, where: str) -> None:
     ``where`` names the file in messages.
     """
     level: list[Child] = [("", manifest.state)]
-    for _ in range(MAX_DEPTH):
-        if not level:
-            return
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise CorruptCheckpointError(
+                f"{where}: the state is nested deeper than {MAX_DEPTH} levels, at {level[0][0][:80]!r} for one."
+            )
         level = [child for path, node in level for child in _children(manifest, path, node, where)]
-    raise CorruptCheckpointError(
-        f"{where}: the state is nested deeper than {MAX_DEPTH} levels, at {level[0][0][:80]!r} for one."
-    )
 
 
 def _children(manifest: Manifest, path: str, node: Json, where: str) -> Iterator[Child]:
