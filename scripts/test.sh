@@ -16,6 +16,11 @@ source "$REPO/scripts/_venv.sh"
 ensure_venv dev
 cd "$REPO"
 
-echo "ruff" && ruff check . && ruff format --check .
-echo "mypy" && mypy
-echo "pytest" && exec python -m pytest "$@"
+# One command a line: within an && list, set -e would let all but the last fail.
+echo "ruff"
+ruff check .
+ruff format --check .
+echo "mypy"
+mypy
+echo "pytest"
+exec python -m pytest "$@"

@@ -329,7 +329,7 @@ def test_any_value_anywhere_is_read_or_refused(field, value):
 TAGS = ["tensor", "ndarray", "object", "tuple", "set", "frozenset", "dict", "ordered", "counter", "defaultdict", "int",
         "float", "complex", "bytes", "str", "size", "dtype", "device", "path", "numpy", "datetime", "date", "time",
         "timedelta", "module", "optimizer", "sparse", "unknown"]  # fmt: skip
-BODIES = ["entries", "versions", "state", "param_groups", "params", "options", "loose", "rest", "layout", "size", "parts"]
+BODIES = ["entries", "versions", "state", "param_groups", "params", "options", "loose", "rest", "layout", "parts"]
 skeletons = st.recursive(
     any_json,
     lambda inner: (
@@ -375,7 +375,7 @@ def test_deep_nesting_is_refused(tmp_path):
         check_skeleton(manifest(state={"a": deep}), WHERE)
     check_skeleton(manifest(state=deep[0]), WHERE)
     shardckpt.save({"a": 1}, tmp_path / "ck")
-    with pytest.raises(shardckpt.SaveFailedError, match="deeper than 200 levels"):
+    with pytest.raises(shardckpt.UnserialisableError, match="containers deep"):
         shardckpt.save({"a": deep}, tmp_path / "ck")
     assert shardckpt.load(tmp_path / "ck") == {"a": 1}
 

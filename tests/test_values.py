@@ -30,7 +30,9 @@ SCALARS = (
     | st.binary()
     | st.complex_numbers(allow_nan=True, allow_infinity=True)
     | st.datetimes(allow_imaginary=False).map(lambda value: value.replace(fold=0))
-    | st.datetimes(timezones=st.sampled_from([datetime.UTC, datetime.timezone(datetime.timedelta(hours=-7))]))
+    | st.datetimes(timezones=st.sampled_from([datetime.UTC, datetime.timezone(datetime.timedelta(hours=-7))])).map(
+        lambda value: value.replace(fold=0)
+    )
     | st.dates()
     | st.times().map(lambda value: value.replace(fold=0))
     | st.timedeltas()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from shardckpt import options
 from shardckpt.background import PendingSave
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.loading import MapLocation
@@ -21,11 +22,10 @@ def _engine(
     exclude: Sequence[str] | None = None,
 ) -> Checkpointer:
     key = (
-        compression,
-        *(
-            value if value is None or isinstance(value, bool) else tuple(value)
-            for value in (replicated, include, exclude)
-        ),
+        options.codec(compression),
+        options.replicated(replicated),
+        options.patterns("include", include),
+        options.patterns("exclude", exclude),
     )
     if key not in _engines:
         _engines[key] = Checkpointer(compression=compression, replicated=replicated, include=include, exclude=exclude)

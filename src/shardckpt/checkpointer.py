@@ -66,11 +66,10 @@ class Checkpointer:
         commit_timeout: float = 1800.0,
         alone: bool = False,
     ) -> None:
-        self._storage_options = dict(storage_options or {})
+        self._storage_options = options.mapping("storage_options", storage_options)
         self._codec = options.codec(compression)
-        self._replicated = replicated if isinstance(replicated, bool) else options.patterns("replicated", replicated)
-        self._include = None if include is None else options.patterns("include", include)
-        self._exclude = None if exclude is None else options.patterns("exclude", exclude)
+        self._replicated = options.replicated(replicated)
+        self._include, self._exclude = options.patterns("include", include), options.patterns("exclude", exclude)
         self._staging_limit = None if staging_limit is None else options.positive("staging_limit", staging_limit)
         self._timeout = options.positive("timeout", timeout)
         self._commit_timeout = options.positive("commit_timeout", commit_timeout)
@@ -129,7 +128,7 @@ class Checkpointer:
         times = saving.Times(time.monotonic(), [])
         place = commit.checkpoint_path(path)
         operation = self._begin(f"save({place!r})")
-        may_alias = state_version is not None and state_version == self._version and self._can_share()
+        may_alias = state_version is not None and state_version == self._version and self._can_share(place)
         with turn(operation, "open") as opening:
             if not may_alias:
                 self._drain()
@@ -173,9 +172,12 @@ class Checkpointer:
         times.stall.append(time.monotonic() - times.called)
         return pending
 
-    def _can_share(self) -> bool:
-        """Whether the shards of the last save are there, or still to come."""
-        if self._last is None:
+    def _can_share(self, place: str) -> bool:
+        """Whether the shards of the last save are there, or still to come, and no save to ``place`` is in flight.
+
+        What a save replaces has to be committed before it begins.
+        """
+        if self._last is None or any(pending.path == place and not pending.done() for pending in self._pending):
             return False
         pending = self._last.order.pending
         return not pending.done() or (pending.succeeded() and self._last.is_there())
@@ -338,7 +340,7 @@ class Checkpointer:
         return coordinator.begin_alone() if self._alone else coordinator.begin(call, timeout=self._timeout)
 
     def _options(self, storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {**self._storage_options, **(storage_options or {})}
+        return self._storage_options | options.mapping("storage_options", storage_options)
 
     def _drain(self) -> None:
         self._background.wait()

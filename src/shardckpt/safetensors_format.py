@@ -72,9 +72,11 @@ class ParsedHeader(NamedTuple):
 def entry_key(fqn: str, shape: Sequence[int], box: Box) -> str:
     """The key under which a shard lists `box` of a tensor: its name, and the box where that isn't all of it.
 
-    A tensor that bears the one name that safetensors reserves is always listed with its box.
+    A tensor that bears the one name that safetensors reserves, or one that ends like a box, is always listed with its
+    box: "w[0:2]" is a part of "w", and never a tensor of that name.
     """
-    return fqn if box == full_box(shape) and fqn != _METADATA else f"{fqn}[{slice_notation(box)}]"
+    is_plain = box == full_box(shape) and fqn != _METADATA and not fqn.endswith("]")
+    return fqn if is_plain else f"{fqn}[{slice_notation(box)}]"
 
 
 def build_header(

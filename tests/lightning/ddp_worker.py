@@ -133,6 +133,23 @@ def fail_on_rank_one(name: str) -> Callable[[], None]:
     return lambda: setattr(commit, "put_rank_manifest", put)
 
 
+def zero_redundancy() -> Any:
+    """An optimizer that shards its own state, and gathers it on rank 0 to be saved."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    class Sharding(Toy):  # type: ignore[misc, valid-type]
+        def configure_optimizers(self) -> Any:
+            return ZeroRedundancyOptimizer(self.parameters(), optimizer_class=torch.optim.Adam, lr=0.01)
+
+    ends = []
+    for name, options in (("ours", {}), ("stock", {"plugins": []})):
+        folder = FOLDER / f"zero-{name}"
+        fit(folder, model=Sharding(), checkpoint={"filename": "a"}, max_epochs=1, **options)
+        again = fit(folder, model=Sharding(), ckpt_path=folder / "a.ckpt", max_epochs=2, **options)
+        ends.append({key: value for key, value in again.record.end.items() if key.startswith("model")})
+    return ends
+
+
 def failing_rank() -> Any:
     """One rank cannot write: all are told at the next save, and the checkpoint before it stays."""
     undo = fail_on_rank_one("epoch=1")
@@ -231,6 +248,7 @@ CASES: dict[str, Callable[[], Any]] = {
         resume,
         other_names,
         rank_zeros_word,
+        zero_redundancy,
         failing_rank,
         failing_at_the_end,
         evaluate,

@@ -28,7 +28,7 @@ def two(folder: Path, s3_server: S3Server, s3_client: Any) -> ddp_job.Outcomes:
     pytest.importorskip("lightning")
     s3_client.create_bucket(Bucket="lightning-ddp")
     cases = ["even_parts", "uninterrupted", "write", "other_names", "rank_zeros_word", "evaluate", "missing", "on_s3"]
-    cases += ["failing_rank", "failing_at_the_end", "unbound", "alone"]
+    cases += ["zero_redundancy", "failing_rank", "failing_at_the_end", "unbound", "alone"]
     environment = s3_server.environment | {"TEST_S3_URL": "s3://lightning-ddp/run"}
     return ddp_job.run(2, "lightning.pytorch", folder, cases, environment=environment, seconds=180)
 
@@ -101,6 +101,12 @@ def test_what_differs_by_rank_is_rank_zeros(two: ddp_job.Outcomes) -> None:
     for mine, rank, extra, saved_mean, _ in two.of("rank_zeros_word"):
         assert (mine, rank, extra) == ([0.0], 0, [])
         assert saved_mean == two.of("rank_zeros_word")[0][-1]
+
+
+def test_an_optimizer_that_shards_itself(two: ddp_job.Outcomes) -> None:
+    """``ZeroRedundancyOptimizer``, whose whole state only rank 0 has, resumes to the same bits as with stock files."""
+    for ours, stock in two.of("zero_redundancy"):
+        assert ours == stock
 
 
 def test_evaluation_on_many_ranks(two: ddp_job.Outcomes) -> None:

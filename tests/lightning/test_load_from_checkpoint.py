@@ -10,7 +10,7 @@ import toy
 from torch import nn
 
 from shardckpt import CheckpointNotFoundError
-from shardckpt.lightning import ShardedCheckpointIO, from_checkpoint, last
+from shardckpt.lightning import ShardedCheckpointIO, from_checkpoint, model_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,6 @@ def test_wrapping_twice_is_wrapping_once(lightning: Any) -> None:
 
     before = saving.pl_load
     from_checkpoint.install()
-    last.install()
+    model_checkpoint.install()
     assert saving.pl_load is before
     assert not hasattr(before._shardckpt_wraps, "_shardckpt_wraps")

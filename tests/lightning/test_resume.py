@@ -9,6 +9,7 @@ import toy
 from torch import nn
 
 from shardckpt import CheckpointNotFoundError, StateMismatchError, UnsafeLoadError
+from shardckpt.lightning import ShardedCheckpointIO
 from shardckpt.loading import OpenCheckpoint
 
 
@@ -90,8 +91,6 @@ def test_everything_that_lightning_saves_comes_back(tmp_path: Path, lightning: A
 
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             self.seen = checkpoint["cool"], checkpoint["hyper_parameters"], checkpoint["pytorch-lightning_version"]
-
-    from shardckpt.lightning import ShardedCheckpointIO
 
     def run(value: Any, precision: Any, epochs: int, ckpt_path: str | None) -> Any:
         callback, model, data = Stateful(value), Hooked(lr=0.02), toy.counting_class(lightning)()
@@ -341,6 +340,25 @@ def test_averaged_weights_resume(tmp_path: Path, lightning: Any, Toy: Any) -> No
     second = fit(2, "parts", str(tmp_path / "parts" / "e.ckpt"))
     assert {name for name in first.end if name.startswith("optimizer")} <= second.start.keys()
     assert second.end == whole.end
+
+
+def test_a_hook_may_put_one_part_in_the_place_of_another(tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """Of two copies of the weights in a checkpoint a hook may choose, without looking into either."""
+
+    class Choosing(Toy):  # type: ignore[misc, valid-type]
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
+
+    averaging = lightning.callbacks.weight_averaging.EMAWeightAveraging(decay=0.9)
+    trainer = toy.trainer(lightning, tmp_path, checkpoint={"filename": "e"}, callbacks=[averaging], max_epochs=1)
+    trainer.fit(Toy(), toy.loader())
+    model = Choosing()
+    toy.trainer(lightning, tmp_path).validate(model, toy.loader(32), ckpt_path=tmp_path / "e.ckpt")
+    loaded = ShardedCheckpointIO().load_checkpoint(tmp_path / "e.ckpt")
+    assert loaded is not None
+    current, averaged = loaded["current_model_state"], loaded["state_dict"]
+    assert torch.equal(model.net[0].weight, current["net.0.weight"])
+    assert not torch.equal(current["net.0.weight"], averaged["net.0.weight"])
 
 
 def test_the_learning_rate_finder_restores(tmp_path: Path, lightning: Any, Toy: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import toy
 
-from shardckpt.lightning import ShardedCheckpointIO, last
+from shardckpt.lightning import ShardedCheckpointIO, model_checkpoint
 
 pytestmark = pytest.mark.s3
 
@@ -58,7 +58,7 @@ def test_last_takes_only_what_is_complete(s3_place: Any, lightning: Any, Toy: An
     options = {"filename": "{epoch}", "save_top_k": -1, "save_last": True}
     toy.trainer(lightning, s3_place.url, checkpoint=options).fit(Toy(), toy.loader())
     s3_place.client.delete_object(Bucket=s3_place.bucket, Key="run/last.ckpt/manifest.json")
-    last.forget_listing(f"{s3_place.url}/last.ckpt")
+    model_checkpoint.forget_listing(f"{s3_place.url}/last.ckpt")
     run = toy.trainer(lightning, s3_place.url, checkpoint=options)
     run.fit(Toy(), toy.loader(), ckpt_path="last")
     assert run.ckpt_path == f"{s3_place.url}/epoch=1.ckpt/manifest.json"

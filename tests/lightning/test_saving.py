@@ -329,3 +329,40 @@ def test_an_ordinary_file_in_the_way_is_kept_until_replaced(
     assert run.global_step == 24
     assert "last.ckpt" in toy.complete(tmp_path)
     assert not list(tmp_path.glob("*.replaced"))
+
+
+def test_ordinary_checkpoints_go_when_their_successor_is_complete(
+    tmp_path: Path, lightning: Any, Toy: Any, failing: list[str]
+) -> None:
+    """Retention that began with stock files goes on with the plugin, and never removes the last good one."""
+    options = {"filename": "{epoch}", "save_top_k": 1}
+    toy.trainer(lightning, tmp_path, checkpoint=options, plugins=[], max_epochs=1).fit(Toy(), toy.loader())
+    shutil.copy(tmp_path / "epoch=0.ckpt", tmp_path / "other.ckpt")
+
+    def resume() -> None:
+        run = toy.trainer(lightning, tmp_path, checkpoint=options, max_epochs=2)
+        run.fit(Toy(), toy.loader(), ckpt_path=tmp_path / "other.ckpt")
+
+    failing.append("epoch=1")
+    with pytest.raises(SaveFailedError):
+        resume()
+    assert (tmp_path / "epoch=0.ckpt").is_file()
+    failing.clear()
+    resume()
+    assert toy.complete(tmp_path) == {"epoch=1.ckpt"}
+    assert not (tmp_path / "epoch=0.ckpt").exists()
+
+
+def test_saving_twice_to_one_path(tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """A callback that saves to one path at every step, and twice at some, leaves one whole checkpoint: the last."""
+
+    class Saving(lightning.callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            for _ in range(1 + trainer.global_step % 2):
+                trainer.save_checkpoint(tmp_path / "same.ckpt")
+
+    run = toy.trainer(lightning, tmp_path, callbacks=[Saving()], max_epochs=1)
+    run.fit(Toy(), toy.loader())
+    assert len(list((tmp_path / "same.ckpt").iterdir())) == 3
+    loaded = Toy.load_from_checkpoint(tmp_path / "same.ckpt").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in run.lightning_module.state_dict().items())

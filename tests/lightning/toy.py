@@ -126,7 +126,7 @@ def _digests(trainer: Any) -> Iterator[tuple[str, str]]:
         yield f"model.{name}", digest(value)
     for number, optimizer in enumerate(trainer.optimizers):
         for parameter, state in optimizer.state.items():
-            for key, value in state.items():
+            for key, value in (state or {}).items():
                 yield f"optimizer{number}.{names[id(parameter)]}.{key}", digest(value)
         for index, group in enumerate(optimizer.param_groups):
             yield f"optimizer{number}.group{index}", digest({k: group[k] for k in sorted(group) if k != "params"})

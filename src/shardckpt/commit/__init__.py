@@ -5,7 +5,7 @@ is named after the save that wrote it, so a save never touches what it replaces,
 itself.
 """
 
-from shardckpt.commit.clearing import abandon, clean, remove
+from shardckpt.commit.clearing import abandon, clean, end_lease, remove
 from shardckpt.commit.finding import Found, checkpoint_path, find, is_checkpoint, latest, read
 from shardckpt.commit.publishing import (
     TensorHead,
@@ -27,6 +27,7 @@ __all__ = [
     "check_unchanged",
     "checkpoint_path",
     "clean",
+    "end_lease",
     "find",
     "get_rank_manifest",
     "is_checkpoint",

@@ -62,11 +62,12 @@ _leases: dict[str, Lease] = {}
 
 
 def take_lease(storage: Storage, save_id: str) -> None:
-    """Mark a save as alive until `clean` or `abandon` ends it."""
+    """Mark a save as alive until `end_lease`, which `clean` and `abandon` call too."""
     _leases[save_id] = Lease(storage, save_id)
 
 
-def _end_lease(save_id: str) -> None:
+def end_lease(save_id: str) -> None:
+    """A save is over, well or badly; whatever it left and no commit record names is rubbish from now on."""
     lease = _leases.pop(save_id, None)
     if lease is not None:
         lease.release()
@@ -85,7 +86,7 @@ def clean(storage: Storage, save_id: str) -> None:
 
     Never raises: the checkpoint is committed, whatever becomes of the rubbish.
     """
-    _end_lease(save_id)
+    end_lease(save_id)
     try:
         listed = storage.list()
         # Read after the listing: a save that has no marker in it has committed before, so that this record, or a newer
@@ -104,7 +105,7 @@ def abandon(storage: Storage, save_id: str, ranks: Iterable[int], also: Sequence
 
     Never raises: the failure of the save matters more.
     """
-    _end_lease(save_id)
+    end_lease(save_id)
     names = list(also)
     for rank in ranks:
         names += [name(rank, save_id) for name in filenames.OF_A_RANK]

@@ -3,6 +3,7 @@
 import datetime
 import platform
 import secrets
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -108,7 +109,8 @@ def assemble(
 ) -> Manifest:
     """The commit record of what the ranks wrote; ``heads`` lists every tensor, also those without elements."""
     tensors = {
-        fqn: TensorEntry(head.dtype, head.shape, [], [], [], [], [], location=head.location)
+        # Interned, since msgspec leaves out a default that is the very object, not one that is equal.
+        fqn: TensorEntry(head.dtype, head.shape, [], [], [], [], [], location=sys.intern(head.location))
         for fqn, head in heads.items()
     }
     skeleton = None

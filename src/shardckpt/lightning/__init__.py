@@ -5,7 +5,7 @@ Importing this makes ``MyModel.load_from_checkpoint(path)`` read sharded checkpo
 
 from typing import TYPE_CHECKING, Any
 
-from shardckpt.lightning import flavours, from_checkpoint, last
+from shardckpt.lightning import flavours, from_checkpoint, model_checkpoint
 from shardckpt.lightning.plugin import ShardedCheckpointIO
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["ShardedCheckpointIO", "ShardedDDPStrategy", "ShardedSingleDeviceStrategy", "sharded"]
 
 from_checkpoint.install()
-last.install()
+model_checkpoint.install()
 
 
 def sharded(strategy_class: Any) -> Any:

@@ -10,7 +10,7 @@ import functools
 import logging
 from typing import Any
 
-from shardckpt.lightning import flavours, from_checkpoint, last, strategies
+from shardckpt.lightning import flavours, from_checkpoint, model_checkpoint, strategies
 from shardckpt.lightning.plugin import ShardedCheckpointIO, living
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def _callbacks(flavour: flavours.Flavour) -> list[Any]:
         return []
     flavours.register(ShardedCheckpointIO)
     from_checkpoint.install()
-    last.install()
+    model_checkpoint.install()
     return [_binding_of(flavour)()]
 
 

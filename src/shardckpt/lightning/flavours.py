@@ -7,6 +7,7 @@ import abc
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
@@ -93,3 +94,12 @@ def register(plugin: type) -> None:
 def attribute(flavour: Flavour, module: str, name: str) -> Any:
     """``<flavour>.<module>.<name>``."""
     return getattr(flavour.module(module), name)
+
+
+def wrap(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Any]) -> None:
+    """Replace a function of Lightning's by ``wrapper`` of it, once, however often this is called."""
+    stock = getattr(owner, name)
+    if not hasattr(stock, "_shardckpt_wraps"):
+        wrapped = wrapper(stock)
+        wrapped._shardckpt_wraps = stock
+        setattr(owner, name, wrapped)

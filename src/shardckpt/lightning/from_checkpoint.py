@@ -19,9 +19,7 @@ from shardckpt.lightning import flavours, ordinary, restore
 def install() -> None:
     """Do it for each flavour that is imported. Calling again is fine, and needed when the other is imported later."""
     for flavour in flavours.loaded():
-        saving: Any = flavour.module("core.saving")
-        if not hasattr(saving.pl_load, "_shardckpt_wraps"):
-            saving.pl_load = _dispatching(saving.pl_load)
+        flavours.wrap(flavour.module("core.saving"), "pl_load", _dispatching)
 
 
 def _dispatching(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,7 +28,6 @@ def _dispatching(stock: Callable[..., Any]) -> Callable[..., Any]:
             return _load(checkpoint_path(path_or_url), map_location, weights_only)
         return stock(path_or_url, map_location=map_location, weights_only=weights_only)
 
-    pl_load._shardckpt_wraps = stock  # type: ignore[attr-defined]  # marks the function, so that it is wrapped once
     return pl_load
 
 

@@ -21,7 +21,7 @@ from shardckpt.background import PendingSave
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.commit import checkpoint_path
 from shardckpt.errors import SaveFailedError, UsageError
-from shardckpt.lightning import agreement, flavours, from_checkpoint, last, ordinary, restore
+from shardckpt.lightning import agreement, flavours, from_checkpoint, model_checkpoint, ordinary, restore
 from shardckpt.lightning.snapshot import Layout, Produced, fingerprint, layout_of, share_of, split_off
 from shardckpt.storage import local_path
 
@@ -84,7 +84,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         self._displaced = ordinary.Displaced()
         flavours.register(type(self))
         from_checkpoint.install()
-        last.install()
+        model_checkpoint.install()
         living.add(self)
 
     def _make(self, *, alone: bool) -> Checkpointer:
@@ -191,6 +191,7 @@ class ShardedCheckpointIO(_CheckpointIO):
             log.warning("keeping %s: the save that was to replace it failed", text)
         elif _key(text) in self._written or ordinary.is_ours(text, options):
             self.checkpointer.remove(text, storage_options=options)
+            self._written.pop(_key(text), None)
         elif latest is not None and not self._committed(latest):
             log.warning("keeping %s: the save that was to replace it failed", text)
         else:
@@ -227,6 +228,7 @@ class ShardedCheckpointIO(_CheckpointIO):
 
         Raises on every rank alike; SaveFailedError of the save before this one too, if nobody has been told of it.
         """
+        self._is_bound = True
         rank, _ = coordinator.rank_and_world_size()
         state = split_off(checkpoint, running.produced)
 
@@ -257,7 +259,7 @@ class ShardedCheckpointIO(_CheckpointIO):
             self._displaced.settle(pending)
         if rank == 0:
             self._written[_key(decision.path)] = storage_options
-            last.forget_listing(decision.path)
+            model_checkpoint.forget_listing(decision.path)
 
     def load_lazily(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         """Read the plain values of a Trainer's checkpoint, on every rank of one save; large tensors when needed."""
@@ -292,15 +294,6 @@ class ShardedCheckpointIO(_CheckpointIO):
                 self.teardown()
             finally:
                 self._quiet = False
-
-    def is_resumed_from(self, path: Any, ckpt_path: Any) -> bool:
-        """Whether ``path`` must stay because the run was resumed from it.
-
-        `ModelCheckpoint` spares it on a local disk only, https://github.com/Lightning-AI/pytorch-lightning/issues/21813.
-        """
-        if ckpt_path is None or local_path(text := checkpoint_path(path)) is not None:
-            return False
-        return _key(text) == _key(checkpoint_path(ckpt_path))
 
     def wait(self) -> None:
         """Until no save is in flight. Raises SaveFailedError, on every rank, of one that failed unnoticed."""

@@ -1,7 +1,7 @@
 """From an open checkpoint to what Lightning wants: all of it, what fits a given state, or a dict that reads lazily."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 from fsspec.core import url_to_fs
@@ -13,13 +13,15 @@ from shardckpt.errors import UsageError
 from shardckpt.lightning.lazy import LazyDict
 from shardckpt.lightning.snapshot import MODEL, OPTIMIZERS
 from shardckpt.loading import OpenCheckpoint
-from shardckpt.state import ModuleState, OptimizerState
 from shardckpt.state.skeleton import child_node, module_entries
 from shardckpt.state.values import pairs_of
 from shardckpt.storage import local_path
 
 VERSION: Final = "pytorch-lightning_version"
 """The key by which Lightning knows a checkpoint of its own, and we a Trainer's dict among other dicts."""
+
+Place = tuple[Any, ...]
+"""Keys and indices that lead from the root of a state to a value in it."""
 
 
 def is_ordinary(path: str, storage_options: Mapping[str, Any] | None) -> bool:
@@ -36,25 +38,27 @@ def is_ordinary(path: str, storage_options: Mapping[str, Any] | None) -> bool:
 
 
 class Part(LazyDict):
-    """The model's state dict, or one optimizer's: not read yet, or a dict like any other."""
+    """A module's or an optimizer's state in a checkpoint: not read yet, or a dict like any other."""
 
-    def __init__(self, *args: Any, opened: OpenCheckpoint | None = None, weights_only: bool | None = None) -> None:
+    def __init__(
+        self, *args: Any, opened: OpenCheckpoint | None = None, place: Place = (), weights_only: bool | None = None
+    ) -> None:
         # Code that copies containers calls the class with contents alone, and gets a dict of them.
         super().__init__(*args)
         self._opened = opened
+        self._place = place
         self._weights_only = weights_only
 
-    def restore_module(self, module: nn.Module, *, strict: bool) -> None:
-        """Read straight into ``module``. Raises StateMismatchError, if ``strict``, before anything is changed."""
-        self._restore({MODEL: ModuleState(module, module.state_dict())}, strict=strict)
+    def is_still(self, *place: Any) -> bool:
+        """Whether this is what the checkpoint has at ``place``, and nobody has looked at it or put it elsewhere."""
+        return self.is_untouched and self._place == place
 
-    def restore_optimizers(self, optimizers: Sequence[Optimizer], module: nn.Module) -> None:
-        """Read the state of all optimizers of the checkpoint, matched by the names that ``module`` gives parameters."""
-        states = [OptimizerState(optimizer, optimizer.state_dict(), {MODEL: module}) for optimizer in optimizers]
-        self._restore({OPTIMIZERS: states}, strict=True)
+    def restore(self, state: dict[str, Any], *, strict: bool) -> None:
+        """Read parts of the same checkpoint straight into live modules and optimizers.
 
-    def _restore(self, state: dict[str, Any], *, strict: bool) -> None:
-        assert self._opened is not None, "only parts that were not read yet are restored"
+        Raises StateMismatchError, if ``strict``, before anything is changed.
+        """
+        assert self._opened is not None, "a part that was not looked at knows where it lies"
         self._opened.restore(state, strict=strict, weights_only=self._weights_only)
 
 
@@ -71,7 +75,7 @@ class Reading:
         return self._value()
 
     def lazily(self) -> dict[str, Any]:
-        """A Trainer's checkpoint, less the model's and optimizers' tensors, which are read when somebody looks at them.
+        """A Trainer's checkpoint, less modules and optimizers, which are read when somebody looks at them.
 
         Raises UsageError for a checkpoint that is no Trainer's.
         """
@@ -80,12 +84,12 @@ class Reading:
             raise UsageError(
                 f"{self._opened.path} was not saved by a Trainer: it lacks {VERSION!r}. Use shardckpt.load."
             )
-        return {key: self._part(key) if key == MODEL else self._but_optimizers(key) for key in keys}
+        return {key: self._part(key) if key == MODEL else self._but_parts(key) for key in keys}
 
     def for_inference(self) -> dict[str, Any]:
-        """The whole checkpoint, less the optimizers' tensors, which nobody asks for once training is over."""
+        """The whole checkpoint, less what nobody asks for once training is over: optimizers, and further modules."""
         keys = self._opened.keys()
-        return {key: self._but_optimizers(key) for key in keys}
+        return {key: self._value(key) if key == MODEL else self._but_parts(key) for key in keys}
 
     def into(self, state: nn.Module | Optimizer | dict[str, Any]) -> dict[str, Any] | None:
         """Restore into ``state`` in place; returns what is still to be applied, None where that is nothing."""
@@ -119,37 +123,33 @@ class Reading:
     def _into_objects(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """A dict of modules, optimizers and other values, by keys of the checkpoint.
 
-        The one module and the optimizers that the checkpoint has no key for are the Trainer's ``state_dict`` and
+        A module and optimizers that the checkpoint has no key for are the Trainer's ``state_dict`` and
         ``optimizer_states``.
         """
         saved = self._opened.keys()
         target = {key: value for key, value in state.items() if key in saved}
-        others = [value for key, value in state.items() if key not in saved]
-        modules = [value for value in others if isinstance(value, nn.Module)]
+        others = {key: value for key, value in state.items() if key not in saved}
+        modules = [key for key, value in others.items() if isinstance(value, nn.Module)]
         if MODEL in saved and MODEL not in target and len(modules) == 1:
-            target[MODEL] = modules[0]
-            others.remove(modules[0])
-        optimizers = [value for value in others if isinstance(value, Optimizer)]
-        by_order = OPTIMIZERS in saved and OPTIMIZERS not in target and bool(optimizers)
-        if by_order and any(isinstance(value, nn.Module) for value in target.values()):
-            target[OPTIMIZERS] = optimizers
-            by_order = False
-        if by_order and len(optimizers) != len(states := self._children(OPTIMIZERS)):
+            target[MODEL] = others.pop(modules[0])
+        optimizers: list[Optimizer] = []
+        if OPTIMIZERS in saved and OPTIMIZERS not in target:
+            optimizers = [others.pop(key) for key, value in [*others.items()] if isinstance(value, Optimizer)]
+        if others:
+            raise UsageError(f"{self._opened.path} has nothing for {[*others]}; it has {saved}.")
+        if optimizers and len(optimizers) != len(states := self._children(OPTIMIZERS)):
             raise UsageError(
                 f"{self._opened.path} holds the state of {len(states)} optimizers, and {len(optimizers)} were given."
             )
-        if by_order:
-            others = [value for value in others if value not in optimizers]
-        elif OPTIMIZERS in target:
-            others = [value for value in others if not isinstance(value, Optimizer)]
-        if others:
-            unknown = [key for key, value in state.items() if any(value is other for other in others)]
-            raise UsageError(f"{self._opened.path} has nothing for {unknown}; it has {saved}.")
+        named = any(isinstance(value, nn.Module) for value in target.values())
+        if optimizers and named:
+            target[OPTIMIZERS] = optimizers
         self._opened.restore(target, map_location=self._map_location, weights_only=self._weights_only)
         state.update((key, target[key]) for key in state if key in target)
-        for index, optimizer in enumerate(optimizers if by_order else []):
-            optimizer.load_state_dict(self._value(OPTIMIZERS, index))
-        applied = {*target, OPTIMIZERS} if by_order else set(target)
+        if not named:  # without a module parameters have no names, and are matched by their order
+            for index, optimizer in enumerate(optimizers):
+                optimizer.load_state_dict(self._value(OPTIMIZERS, index))
+        applied = {*target, OPTIMIZERS} if optimizers else set(target)
         return {key: self._value(key) for key in saved if key not in applied} or None
 
     # -- values -------------------------------------------------------------------------------------------------------
@@ -158,19 +158,25 @@ class Reading:
         return self._opened.materialise(place, map_location=self._map_location, weights_only=self._weights_only)
 
     def _part(self, *place: Any) -> Part:
-        part = Part(opened=self._opened, weights_only=self._weights_only)
+        part = Part(opened=self._opened, place=place, weights_only=self._weights_only)
         part.read_with(lambda: self._value(*place))
         return part
 
-    def _but_optimizers(self, key: Any) -> Any:
-        return [self._part(key, index) for index in self._children(key)] if key == OPTIMIZERS else self._value(key)
+    def _but_parts(self, key: Any) -> Any:
+        if key == OPTIMIZERS:
+            return [self._part(key, index) for index in self._children(key)]
+        return self._part(key) if module_entries(self._node(key)) is not None else self._value(key)
 
     def _children(self, *place: Any) -> list[Any]:
         """The keys or indices of a container of the state, in order."""
-        node = self._opened.manifest.state
-        for depth, key in enumerate(place):
-            node = child_node(node, key, ".".join(map(str, place[:depth])))
+        node = self._node(*place)
         if isinstance(node, list):
             return list(range(len(node)))
         entries = module_entries(node)
         return list(entries) if entries is not None else [key for key, _ in pairs_of(node) or []]
+
+    def _node(self, *place: Any) -> Any:
+        node = self._opened.manifest.state
+        for depth, key in enumerate(place):
+            node = child_node(node, key, ".".join(map(str, place[:depth])))
+        return node

@@ -12,11 +12,12 @@ from typing import Any, Final
 
 import torch
 
+from shardckpt.errors import ShardckptError
 from shardckpt.lightning import flavours
 from shardckpt.lightning.plugin import Running, ShardedCheckpointIO
 from shardckpt.lightning.restore import Part
 from shardckpt.lightning.snapshot import MODEL, OPTIMIZERS, Produced
-from shardckpt.state import ModuleState, OptimizerState
+from shardckpt.state import OptimizerState
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +49,15 @@ def plugin_of(strategy: Any) -> ShardedCheckpointIO | None:
 
 def prepare(strategy: Any) -> None:
     """Warm the memory that this rank's part of a checkpoint takes, beside training: the first save is fast then too."""
-    if (plugin := plugin_of(strategy)) is not None:
-        module = strategy.lightning_module
+    plugin, module = plugin_of(strategy), strategy.lightning_module
+    if plugin is None:
+        return
+    try:
         states = [OptimizerState(o, o.state_dict(), {MODEL: module}) for o in strategy.optimizers]
-        plugin.checkpointer.prepare({MODEL: ModuleState(module, module.state_dict()), OPTIMIZERS: states})
+        plugin.checkpointer.prepare({MODEL: module, OPTIMIZERS: states})
+    except (ShardckptError, RuntimeError) as error:
+        # A hook may yet take out what cannot be saved; if none does, the save says so.
+        log.debug("memory for checkpoints is not warmed: %s", error)
 
 
 @functools.cache
@@ -110,16 +116,6 @@ def sharded(base: Any) -> Any:
             finally:
                 self._shardckpt_produced.forget()
 
-        def remove_checkpoint(self, filepath: Any) -> None:
-            plugin = plugin_of(self)
-            if plugin is None:
-                super().remove_checkpoint(filepath)
-            elif self.is_global_zero:
-                if plugin.is_resumed_from(filepath, getattr(_trainer(self), "ckpt_path", None)):
-                    log.info("keeping %s: this run was resumed from it", filepath)
-                else:
-                    plugin.remove_checkpoint(filepath)
-
         # -- loading
 
         def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **_: Any) -> Any:
@@ -134,19 +130,21 @@ def sharded(base: Any) -> Any:
             return plugin.load_lazily(checkpoint_path, weights_only)
 
         def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-            state_dict = checkpoint[MODEL]
-            module = self.lightning_module
+            part, module = checkpoint[MODEL], self.lightning_module
+            # A module that overrides this is shown the whole dict and decides by itself what it takes.
             plain = type(module).load_state_dict is torch.nn.Module.load_state_dict
-            if isinstance(state_dict, Part) and state_dict.is_untouched and plain:
-                state_dict.restore_module(module, strict=strict)
+            if plain and isinstance(part, Part) and part.is_still(MODEL):
+                part.restore({MODEL: module}, strict=strict)
             else:
                 super().load_model_state_dict(checkpoint, strict=strict)
 
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-            states = checkpoint[OPTIMIZERS]
-            untouched = all(isinstance(state, Part) and state.is_untouched for state in states)
-            if states and untouched and len(states) == len(self.optimizers):
-                states[0].restore_optimizers(self.optimizers, self.lightning_module)
+            parts = checkpoint[OPTIMIZERS]
+            if len(parts) == len(self.optimizers) and all(map(_is_plain, parts, range(len(parts)), self.optimizers)):
+                modules = {MODEL: self.lightning_module}
+                states = [OptimizerState(optimizer, {}, modules) for optimizer in self.optimizers]
+                if parts:
+                    parts[0].restore({OPTIMIZERS: states}, strict=True)
                 for optimizer in self.optimizers:
                     to_device(optimizer, self.root_device)
             else:
@@ -181,6 +179,13 @@ def sharded(base: Any) -> Any:
 def _new(base: Any) -> Any:
     bound = sharded(base)
     return bound.__new__(bound)
+
+
+def _is_plain(part: Any, index: int, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's state is as the checkpoint has it, and the optimizer keeps its state on every rank."""
+    return (
+        isinstance(part, Part) and part.is_still(OPTIMIZERS, index) and not hasattr(optimizer, "consolidate_state_dict")
+    )
 
 
 def _trainer(strategy: Any) -> Any | None:

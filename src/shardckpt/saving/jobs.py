@@ -146,6 +146,7 @@ class SaveJob(Job):
                 # Rank 0 stands in for ranks that have died.
                 ranks = range(order.operation.world_size) if rank == 0 else [rank]
                 commit.abandon(order.storage, order.pending.save_id, ranks)
+            commit.end_lease(order.pending.save_id)
             order.pending.resolve(failure(order.pending.path, word if isinstance(word, Exception) else error))
             return
         order.pending.resolve(order.report(verdict, rank_nbytes=rank_nbytes, alias=False))
@@ -208,6 +209,7 @@ class AliasJob(Job):
             certain = self.committed is None and not isinstance(error, UncertainCommitError)
             if order.operation.rank == 0 and certain:
                 commit.abandon(order.storage, order.pending.save_id, [0], also=self._linked)
+            commit.end_lease(order.pending.save_id)
             order.pending.resolve(failure(order.pending.path, error))
             return
         order.pending.resolve(order.report(verdict, rank_nbytes=0, alias=True))

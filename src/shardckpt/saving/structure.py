@@ -11,9 +11,6 @@ from shardckpt.box import Box, relative_to, slices
 from shardckpt.codecs import ITEMSIZE, digest, digests_text
 from shardckpt.commit import TensorHead
 from shardckpt.coordinator import Operation, turn
-from shardckpt.errors import (
-    UnserialisableError,
-)
 from shardckpt.planner import Held, ShardPlan, plan_save
 from shardckpt.safetensors_format import entry_key
 from shardckpt.staging import Source
@@ -70,7 +67,6 @@ def structure_key(openings: Sequence[Opening]) -> str:
 
 def may_share(openings: Sequence[Opening], structure: "Structure | None") -> bool:
     """Whether this save may share the shards of the last one: every rank allows it, and nothing else has changed."""
-    import sys; print("MAYSHARE", openings, structure and structure.key, structure_key(openings), file=sys.stderr)
     return (
         all(opening.may_alias for opening in openings)
         and structure is not None
@@ -82,10 +78,7 @@ def may_share(openings: Sequence[Opening], structure: "Structure | None") -> boo
 def agree_on_structure(operation: Operation, flat: Flattened, openings: Sequence[Opening]) -> Structure:
     """Exchange what every rank holds, and plan. Identical descriptions cross the wire once."""
     with turn(operation, "describe") as digested:
-        try:
-            body = msgspec.msgpack.encode(_describe(flat, operation.world_size))
-        except UnicodeEncodeError as error:
-            raise UnserialisableError(f"the tensor name {error.object!r} is not Unicode: {error.reason}.") from error
+        body = msgspec.msgpack.encode(_describe(flat, operation.world_size))
         digested.word = digests_text([digest(body)]).encode()
     digests = digested.heard
     is_first = digests.index(digested.word) == operation.rank

@@ -63,6 +63,7 @@ def flatten(
     a state of a wrong type, with clashing names, or of which nothing is selected.
     """
     names.check_root(state)
+    is_share = isinstance(state, names.Share)
     if isinstance(state, dict) and not names.is_stateful(state):
         state = dict(state)  # whatever kind of dict is at the root, it is a state and not an object to be pickled
     walk = _Flattener(
@@ -70,18 +71,16 @@ def flatten(
         lambda path: replicated is True or (replicated is not False and matches(path, replicated)),
         Selection(include, exclude),
     )
-    walk.result.skeleton = walk.node(dict(state) if isinstance(state, names.Share) else state, "", False)
+    walk.result.skeleton = walk.node(state, "", False)
     if walk.result.skeleton is _LEFT_OUT:
         raise UsageError(f"include={include!r} and exclude={exclude!r} leave nothing of the state to save.")
     walk.result.structure = walk.structure.hexdigest()
-    walk.result.outline = "" if isinstance(state, names.Share) else walk.outline.hexdigest()
+    walk.result.outline = "" if is_share else walk.outline.hexdigest()
     return walk.result
 
 
 class _Flattener:
-    def __init__(
-        self, parameters: Mapping[int, str], replicated: Callable[[str], bool], selected: Callable[[str], bool]
-    ) -> None:
+    def __init__(self, parameters: Mapping[int, str], replicated: Callable[[str], bool], selected: Selection) -> None:
         self.result = Flattened()
         self.structure = xxhash.xxh3_128()
         self.outline = xxhash.xxh3_128()
@@ -147,6 +146,10 @@ class _Flattener:
         return _LEFT_OUT if pairs and not kept else values.encode_pairs(value, kept)
 
     def _list(self, value: Sequence[Any], path: str, split: bool) -> Json:
+        if self._selected.takes_all and all(type(item) in values.SIMPLE for item in value):
+            # A history of a million numbers must not cost a million names.
+            items = [values.encode_scalar(item) for item in value]
+            return {"$tuple": items} if type(value) is tuple else items
         items = [self.node(item, names.child_path(path, index), split) for index, item in enumerate(value)]
         if items and all(item is _LEFT_OUT for item in items):
             return _LEFT_OUT
@@ -196,13 +199,14 @@ class _Flattener:
             self._memory[key] = name
         self.result.tensors[name] = leaf
         self._note("t", name)
-        self.structure.update(f"{leaf.shape}{leaf.dtype}{leaf.split}{leaf.location}{leaf.boxes}\0".encode())
+        boxes = [(*box.offsets, *box.lengths) for box in leaf.boxes]
+        self.structure.update(f"{leaf.shape}{leaf.dtype}{leaf.split}{leaf.location}{boxes}\0".encode())
         return {"$tensor": name}
 
     def _unique(self, path: str) -> str:
         """``path``, or, where something else has that name ({"a": {"b": t}, "a.b": u}), a variant of it."""
-        taken = (self.result.tensors, self.result.aliases, self.result.objects)
-        return names.unique(path, lambda name: any(name in kind for kind in taken))
+        found = self.result
+        return names.unique(path, lambda name: name in found.tensors or name in found.aliases or name in found.objects)
 
     def _sparse(self, value: Tensor, path: str, split: bool) -> Json:
         parts = {

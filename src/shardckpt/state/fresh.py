@@ -94,11 +94,11 @@ class Maker:
             self.objects.setdefault(argument, None)
             return lambda: self.objects[argument]
         if tag in ("$tuple", "$set", "$frozenset") or isinstance(node, list):
-            items = [
-                self.new(item, names.child_path(path, i), room)
-                for i, item in enumerate(node if tag is None else argument)
-            ]
             kind = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}.get(tag or "", list)
+            nodes = node if tag is None else argument
+            if all(type(item) in values.SIMPLE for item in nodes):
+                return lambda: kind(nodes)
+            items = [self.new(item, names.child_path(path, i), room) for i, item in enumerate(nodes)]
             return lambda: kind(item() for item in items)
         saved = self.items(node, path)
         if saved is not None:

@@ -81,28 +81,25 @@ def local_tensor(fqn: str, tensor: Tensor, *, split: bool) -> LocalTensor:
 
     Raises UnserialisableError for a tensor without data (meta, fake) and for a DTensor with a ``Partial`` placement.
     """
+    shape = tuple(tensor.shape)
+    whole = full_box(shape)
+    boxes, views = [whole], [tensor.detach()]
     if isinstance(tensor, DTensor):
         boxes, views = _dtensor_parts(fqn, tensor)
         split = True
     elif _is_sharded_tensor(tensor):
         boxes, views = _sharded_tensor_parts(tensor)
-    else:
-        boxes, views = [full_box(tuple(tensor.shape))], [tensor.detach()]
     if tensor.device.type == "meta" or any(view.device.type == "meta" for view in views):
         raise UnserialisableError(
             f"tensor {fqn!r} is on the meta device and has no data. Materialise it first, for instance with"
             " `module.to_empty(device=...)`."
         )
-    held = [(box, view) for box, view in zip(boxes, views, strict=True) if box.volume]
-    return LocalTensor(
-        fqn=fqn,
-        shape=tuple(tensor.shape),
-        dtype=DTYPE_NAMES[tensor.dtype],
-        boxes=tuple(box for box, _ in held),
-        views=tuple(view for _, view in held),
-        split=split,
-        location=_location(tensor, pieces=len(boxes) != 1 or boxes[0] != full_box(tuple(tensor.shape))),
-    )
+    pieces = boxes != [whole]
+    if pieces or not whole.volume:
+        held = [(box, view) for box, view in zip(boxes, views, strict=True) if box.volume]
+        boxes, views = [box for box, _ in held], [view for _, view in held]
+    dtype, location = DTYPE_NAMES[tensor.dtype], _location(tensor, pieces=pieces)
+    return LocalTensor(fqn, shape, dtype, tuple(boxes), tuple(views), split, location)
 
 
 def memory_key(tensor: Tensor) -> Hashable | None:

@@ -2,12 +2,14 @@
 # ruff: noqa: SLF001 - torch offers no public way to ask a module for its loading hooks
 
 import collections
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from shardckpt.state import names, values
 from shardckpt.state.leaves import is_distributed, is_raw_tensor, is_uninitialised, storage_key
+from shardckpt.state.rehearsal import rehearse
 from shardckpt.state.skeleton import tensor_name
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
         clean = cleaned[raw]
         child = names.child_path(path, clean)
         if clean not in saved:
-            missing.append(child)
+            missing.append(clean)
             continue
         raw_live = isinstance(value, Tensor) and is_raw_tensor(value) and not is_uninitialised(value)
         # One without data is refused where it is matched.
@@ -53,30 +55,50 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
             thunks[raw] = match.tensor(value, saved[clean], child)
         elif not raw_live or name is None or match.fits(value, name, child):
             thunks[raw] = match.new(saved[clean], child)
-    unexpected = [clean for clean in saved if clean not in set(cleaned.values())]
+    known = set(cleaned.values())
+    unexpected = [clean for clean in saved if clean not in known]
+    versions = node["$module"]["versions"] if values.tag_of(node) == "$module" else {}
+    metadata = {raw: {"version": versions.get(clean, 1)} for raw, clean in names.clean_paths(module).items()}
     if (missing or unexpected) and _renames_on_load(module):
-        # Its own loading code may know the old names, so it is asked, and it judges strictness itself.
-        missing, in_place = [], False
-        for clean in unexpected:
-            thunks[clean] = match.new(saved[clean], names.child_path(path, clean))
-        unexpected = []
-    match.differences.missing += missing
+        in_place = False
+        stored = {clean: tensor_name(saved[clean]) for clean in unexpected}
+        entries = {raw: value for raw, value in state_dict.items() if cleaned[raw] in saved}
+        entries |= {clean: None if name is None else match.entry(name) for clean, name in stored.items()}
+        thunks |= {clean: match.new(saved[clean], names.child_path(path, clean)) for clean in unexpected}
+        missing, unexpected = _ask(match, module, _state_dict(entries.items(), metadata), cleaned, path)
+    match.differences.missing += [names.child_path(path, name) for name in missing]
     match.differences.unexpected += [names.child_path(path, clean) for clean in unexpected]
     if in_place and not _customises_loading(module):
         return lambda: ([thunk() for thunk in thunks.values()], live)[1]
-    paths = names.clean_paths(module)
-    versions = node["$module"]["versions"] if values.tag_of(node) == "$module" else {}
     strict = match.strict
 
     def place() -> Any:
-        loaded = collections.OrderedDict((raw, thunk()) for raw, thunk in thunks.items())
-        loaded._metadata = {  # type: ignore[attr-defined]  # torch passes modules' versions this way
-            name: {"version": versions.get(clean, 1)} for name, clean in paths.items()
-        }
+        loaded = _state_dict(((raw, thunk()) for raw, thunk in thunks.items()), metadata)
         module.load_state_dict(loaded, strict=strict)
         return live
 
     return place
+
+
+def _state_dict(items: Iterable[tuple[str, Any]], metadata: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with modules' versions, the way torch passes them."""
+    state_dict: dict[str, Any] = collections.OrderedDict(items)
+    state_dict._metadata = metadata  # type: ignore[attr-defined]
+    return state_dict
+
+
+def _ask(
+    match: "Match", module: nn.Module, entries: dict[str, Any], cleaned: dict[str, str], path: str
+) -> tuple[list[str], list[str]]:
+    """What is missing and unexpected to a module whose loading code may know old names.
+
+    Where it cannot be asked beforehand, nothing is: it judges while it loads.
+    """
+    verdict = rehearse(module, entries)
+    if verdict is None:
+        return [], []
+    match.differences.mismatched += [f"{path}: {error}" if path else error for error in verdict.errors]
+    return [cleaned.get(raw, raw) for raw in verdict.missing], [cleaned.get(raw, raw) for raw in verdict.unexpected]
 
 
 def _overrides_loading(module: nn.Module) -> bool:

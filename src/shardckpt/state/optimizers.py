@@ -30,7 +30,9 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
     """
     optimizer = names.optimizer_of(live)
     live_names = names.optimizer_parameter_names(live, match.parameters)
-    if optimizer_node(node) is None and _speaks_for_itself(optimizer, live_names):
+    is_stock = type(optimizer).load_state_dict is Optimizer.load_state_dict
+    if optimizer_node(node) is None and not is_stock and match.items(node, path) is not None:
+        # Saved in a form of its own, which its own code knows.
         value = match.new(node, path)
         return lambda: (optimizer.load_state_dict(value()), live)[1]
     body = optimizer_node(node) or _named(match, node, live_names, path)
@@ -78,22 +80,13 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
     def place() -> Any:
         named_state = {name: {key: thunk() for key, thunk in thunks.items()} for name, thunks in state.items()}
         state_dict = _as_state_dict(live_names, named_state, loose(), [thunk() for thunk in options], rest())
-        if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+        if is_stock:
             _load_state_dict(optimizer, state_dict, [parameters[name] for name in saved_names if name in parameters])
         else:
             optimizer.load_state_dict(state_dict)
         return live
 
     return place
-
-
-def _speaks_for_itself(optimizer: Optimizer, live_names: list[list[str]]) -> bool:
-    """Whether an optimizer has a state dict of a form of its own, and its own code to load it."""
-    return (
-        type(optimizer).load_state_dict is not Optimizer.load_state_dict
-        and type(optimizer).state_dict is not Optimizer.state_dict
-        and not names.is_torch_format(optimizer.state_dict(), live_names)
-    )
 
 
 def _named(match: "Match", node: Json, live_names: list[list[str]], path: str) -> dict[str, Json] | None:

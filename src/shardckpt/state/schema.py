@@ -14,7 +14,8 @@ from shardckpt.state import values
 Json = Any
 
 MAX_DEPTH: Final = 200
-"""Levels of JSON in a skeleton. Restoring recurses, and Python stops at 1,000 frames, of which the caller has some."""
+"""Containers in one another. Restoring recurses, and Python stops at 1,000 frames, of which the caller has some; what
+`flatten` writes is not half as deep."""
 
 SPARSE_PARTS: Final = {
     "sparse_coo": {"indices", "values"},
@@ -81,8 +82,7 @@ def _items(path: str, node: Json) -> list[Child]:
 def _hashable_items(path: str, node: Json) -> list[Child]:
     items = _items(path, node)
     for _, item in items:
-        if values.tag_of(item) != "$object":
-            _check_key(item)
+        _check_key(item, objects=True)
     return items
 
 
@@ -96,14 +96,16 @@ def _pairs(path: str, node: Json) -> list[Child]:
     return children
 
 
-def _check_key(node: Json, depth: int = 0) -> None:
-    """A key is a scalar, or a tuple or frozen set of keys."""
-    _require(depth < 20, "a key is nested too deeply")
+def _check_key(node: Json, depth: int = 0, *, objects: bool = False) -> None:
+    """A key, or an item of a set, is a scalar, or a tuple or frozen set of such; sets may hold pickled objects too."""
+    _require(depth < MAX_DEPTH, "it is nested too deeply")
     tag = values.tag_of(node)
+    if objects and tag == "$object":
+        return
     if tag in ("$tuple", "$frozenset"):
         _require(isinstance(node[tag], list), "a key's items are no list")
         for item in node[tag]:
-            _check_key(item, depth + 1)
+            _check_key(item, depth + 1, objects=objects)
     else:
         hash(values.decode_scalar(node, "a key"))
 

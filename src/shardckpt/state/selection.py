@@ -12,6 +12,7 @@ class Selection:
 
     def __init__(self, include: Sequence[str] | None, exclude: Sequence[str] | None) -> None:
         self._include, self._exclude = include, exclude
+        self.takes_all = include is None and exclude is None
 
     def __call__(self, path: str) -> bool:
         if self._exclude is not None and _matches_or_within(path, self._exclude):

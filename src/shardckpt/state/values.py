@@ -36,6 +36,9 @@ Json = Any
 _SAFE_INT: Final = 1 << 53
 """Past this, JSON readers in other languages lose digits."""
 
+SIMPLE: Final = frozenset({bool, int, float, str, type(None)})
+"""The types that JSON mostly says by itself, and of which states have long lists."""
+
 FACTORIES: Final[dict[str, type]] = {t.__name__: t for t in (list, dict, set, tuple, int, float, str, bool, bytes)}
 """The default factories of a defaultdict that need no pickle; torch's own ``weights_only`` admits these builtins."""
 
@@ -118,8 +121,10 @@ def _encode_numpy(value: Any) -> Json:
 
     if not isinstance(value, numpy.generic) or value.dtype.hasobject or value.dtype.names is not None:
         return NOT_PLAIN
-    # A string without characters has zeros for bytes, were one to ask numpy.
-    data = value.encode("utf-32-le", "surrogatepass") if isinstance(value, numpy.str_) else value.tobytes()
+    if isinstance(value, numpy.str_):  # numpy's own bytes of a string without characters are not none
+        data = value.encode("utf-32-le", "surrogatepass")
+    else:
+        data = bytes(value) if isinstance(value, numpy.bytes_) else value.tobytes()
     return {"$numpy": [value.dtype.str, base64.b64encode(data).decode()]}
 
 

@@ -94,7 +94,7 @@ class LocalStorage:
     def children(self) -> builtins.list[str]:
         """Return the names of the directories and of the links to directories, sorted."""
         with translating("list", self.url):
-            return sorted(entry.name for entry in self._entries() if entry.is_dir())
+            return sorted(entry.name for entry in self._entries() if _is_directory(entry))
 
     def delete(self, names: Sequence[str]) -> None:
         for name in names:
@@ -272,6 +272,13 @@ def _fill(path: str, descriptor: int, offset: int, into: memoryview) -> None:
             )
         offset += got
         into = into[got:]
+
+
+def _is_directory(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
 
 
 def _link_new(aside: str, descriptor: int, path: str) -> None:

@@ -1,0 +1,47 @@
+"""The life of checkpoints on an S3 server, with two processes that share nothing else."""
+
+import pytest
+
+import ranks
+from multirank import s3_cases
+from s3_server import S3Place, S3Server
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
+
+
+def keys(place: S3Place) -> list[str]:
+    """What is in the bucket."""
+    return [item["Key"] for item in place.client.list_objects_v2(Bucket=place.bucket).get("Contents", [])]
+
+
+@pytest.mark.parametrize("compression", (None, "zstd"))
+@pytest.mark.parametrize("told", ("storage_options", "environment"))
+def test_whole_life_on_s3(s3_server: S3Server, s3_place: S3Place, told: str, compression: str | None) -> None:
+    """Two ranks save, overwrite, share shards, restore bitwise, read one tensor and remove, told either way where."""
+    options = s3_place.storage_options if told == "storage_options" else None
+    environment = s3_server.environment if told == "environment" else {}
+    args = (s3_place.url, options, environment, compression)
+    for said in ranks.world(2).run(s3_cases.whole_life, *args):
+        (first, nbytes), (second, shared) = said["reports"]
+        assert (first, second) == (False, True)
+        assert nbytes == shared
+        assert said["latest"] == f"{s3_place.url}/b"
+        assert said["left"] == [False, True]
+        assert said["restored"] == said["digest"]
+        assert said["step"] == 3
+        assert said["skipped"] == ["big"]
+        assert said["big"] == (5 << 20, 0.0)
+    names = [key.removeprefix("run/") for key in keys(s3_place)]
+    assert {name.partition("/")[0] for name in names} == {"b"}
+    assert sorted(name.rpartition(".")[2] for name in names) == ["json", "json", "json", "safetensors", "safetensors"]
+    uploads = s3_place.client.list_multipart_uploads(Bucket=s3_place.bucket)
+    assert not uploads.get("Uploads")
+
+
+def test_one_ranks_failed_upload_is_every_ranks(s3_place: S3Place) -> None:
+    """An upload that fails on one rank fails the save on all, leaves nothing of it, and the old checkpoint loads."""
+    for rank, said in enumerate(ranks.world(2).run(s3_cases.failing_upload, s3_place.url, s3_place.storage_options)):
+        assert said.startswith("9.0: ")
+        assert "NoSuchBucket" in said
+        assert rank == 1 or "rank 1" in said
+    assert len(keys(s3_place)) == 5
