@@ -1,8 +1,8 @@
 """Real gloo processes that live through a whole test session, one set per world size.
 
-Importing torch costs seconds, so the processes are started once and run many cases. A case is a module-level function of
-an importable module; it gets its rank and the arguments, and what it returns or raises comes back by rank. A case that
-hangs kills its processes and fails; the next one starts new ones.
+Importing torch costs seconds, so the processes are started once and run many cases. A case is a module-level function
+of an importable module; it gets its rank and the arguments, and what it returns or raises comes back by rank. A case
+that hangs kills its processes and fails; the next one starts new ones.
 """
 
 import importlib

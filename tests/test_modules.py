@@ -263,12 +263,16 @@ def old_names(width: int = 3) -> nn.Module:
 
 def test_old_names_are_loaded_by_the_modules_own_hook(tmp_path):
     """A pre-hook that renames keys is asked before anything is called missing."""
-    model, other = old_names(), Renamed()
-    shardckpt.save({"model": model}, tmp_path / "ck")
-    report = shardckpt.load(tmp_path / "ck", {"model": other})
-    assert list(contents(other).values()) == list(contents(model).values())
-    assert not report.missing
-    assert not report.unexpected
+    model = old_names()
+    shardckpt.save({"model": model, "deep": nn.ModuleDict({"m": model})}, tmp_path / "ck")
+    for wrap in (lambda m: m, lambda m: torch.compile(m, backend="eager"), nn.DataParallel):
+        other, deep = Renamed(), Renamed()
+        state = {"model": wrap(other), "deep": nn.ModuleDict({"m": wrap(deep)})}
+        report = shardckpt.load(tmp_path / "ck", state)
+        assert list(contents(other).values()) == list(contents(model).values())
+        assert list(contents(deep).values()) == list(contents(model).values())
+        assert not report.missing
+        assert not report.unexpected
 
 
 @pytest.mark.parametrize("fault", ["width", "more", "less"])
@@ -285,6 +289,20 @@ def test_a_hook_that_cannot_help_changes_nothing(tmp_path, fault):
     with pytest.raises(StateMismatchError, match={"width": "new.weight", "more": "extra.weight"}.get(fault, "other")):
         shardckpt.load(tmp_path / "ck", {"model": other, "n": 0})
     assert contents(other) == before
+
+
+def test_what_old_versions_lacked_is_completed(tmp_path):
+    """A BatchNorm from before it counted its batches loads, as it does into torch's own load_state_dict."""
+    model = net(0)
+    old = {name: tensor for name, tensor in model.state_dict().items() if "num_batches" not in name}
+    shardckpt.save({"model": old}, tmp_path / "ck")
+    other, expected = net(1), net(1)
+    expected.load_state_dict(old)
+    report = shardckpt.load(tmp_path / "ck", {"model": other})
+    assert contents(other) == contents(expected)
+    assert not report.missing
+    with pytest.raises(StateMismatchError, match=r"missing from the checkpoint: model\.5\.weight"):
+        shardckpt.load(tmp_path / "ck", {"model": nn.Sequential(*net(1), nn.Linear(4, 4))})
 
 
 def damaged_pair() -> tuple[nn.Module, nn.Module]:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -149,6 +150,7 @@ class Checkpointer:
                 save_id = commit.new_save_id()
                 previous = commit.open_place(storage, save_id, structure.nbytes if source is None else 0)
                 placing.word = save_id.encode()
+                placing.undo = partial(commit.abandon, storage, save_id, [0])
         pending = PendingSave(place, placing.heard[0].decode())
         order = saving.Order(
             pending=pending,

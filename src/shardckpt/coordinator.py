@@ -12,7 +12,7 @@ import datetime
 import itertools
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -92,6 +92,8 @@ class Turn:
 
     word: bytes = b""
     heard: list[bytes] = field(default_factory=list)
+    undo: Callable[[], None] = lambda: None
+    """Takes back what this rank has done, if another fails at this point."""
 
 
 @contextmanager
@@ -106,7 +108,11 @@ def turn(operation: Operation, point: str) -> Iterator[Turn]:
     except Exception as error:
         operation.agree(point, error)
         raise
-    own.heard = operation.agree(point, own.word)
+    try:
+        own.heard = operation.agree(point, own.word)
+    except BaseException:
+        own.undo()
+        raise
 
 
 _counters: "weakref.WeakKeyDictionary[Any, itertools.count[int]]" = weakref.WeakKeyDictionary()

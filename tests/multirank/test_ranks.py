@@ -129,7 +129,7 @@ def test_unserialisable_value_on_one_rank(tmp_path):
 
 @pytest.mark.parametrize("failing", (0, 1))
 def test_background_failure_is_every_ranks_and_harms_nothing(tmp_path, failing):
-    """A full disk on one rank: all ranks get SaveFailedError at result(), at the next save, and the old one survives."""
+    """A full disk on one rank: every rank gets SaveFailedError, at result() or the next save; the old one survives."""
     for told in ranks.world(2).run(cases.failing_background, str(tmp_path / "ck"), failing):
         assert "no space left" in told["result"]
         assert f"rank {failing}" in told["result"] or told["result"].endswith("no space left on device")

@@ -59,13 +59,23 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
     unexpected = [clean for clean in saved if clean not in known]
     versions = node["$module"]["versions"] if values.tag_of(node) == "$module" else {}
     metadata = {raw: {"version": versions.get(clean, 1)} for raw, clean in names.clean_paths(module).items()}
-    if (missing or unexpected) and _renames_on_load(module):
-        in_place = False
-        stored = {clean: tensor_name(saved[clean]) for clean in unexpected}
+    if (missing or unexpected) and _may_rename(module):
+        raw_of = names.raw_names(module, state_dict, unexpected)
+        back = cleaned | {raw: clean for clean, raw in raw_of.items()}
         entries = {raw: value for raw, value in state_dict.items() if cleaned[raw] in saved}
-        entries |= {clean: None if name is None else match.entry(name) for clean, name in stored.items()}
-        thunks |= {clean: match.new(saved[clean], names.child_path(path, clean)) for clean in unexpected}
-        missing, unexpected = _ask(match, module, _state_dict(entries.items(), metadata), cleaned, path)
+        for clean in unexpected:
+            name = tensor_name(saved[clean])
+            entries[raw_of[clean]] = None if name is None else match.entry(name)
+        verdict = rehearse(module, _state_dict(entries.items(), metadata))
+        # Where it cannot be asked beforehand, it judges while it loads.
+        missed = [] if verdict is None else [back.get(raw, raw) for raw in verdict.missing]
+        unknown = [] if verdict is None else [back.get(raw, raw) for raw in verdict.unexpected]
+        if verdict is not None:
+            match.differences.mismatched += [f"{path}: {error}" if path else error for error in verdict.errors]
+        in_place = in_place and set(missed) == set(missing) and set(unknown) == set(unexpected)
+        for clean in [clean for clean in unexpected if clean not in unknown]:
+            thunks[raw_of[clean]] = match.new(saved[clean], names.child_path(path, clean))
+        missing, unexpected = missed, unknown
     match.differences.missing += [names.child_path(path, name) for name in missing]
     match.differences.unexpected += [names.child_path(path, clean) for clean in unexpected]
     if in_place and not _customises_loading(module):
@@ -87,28 +97,18 @@ def _state_dict(items: Iterable[tuple[str, Any]], metadata: dict[str, Any]) -> d
     return state_dict
 
 
-def _ask(
-    match: "Match", module: nn.Module, entries: dict[str, Any], cleaned: dict[str, str], path: str
-) -> tuple[list[str], list[str]]:
-    """What is missing and unexpected to a module whose loading code may know old names.
-
-    Where it cannot be asked beforehand, nothing is: it judges while it loads.
-    """
-    verdict = rehearse(module, entries)
-    if verdict is None:
-        return [], []
-    match.differences.mismatched += [f"{path}: {error}" if path else error for error in verdict.errors]
-    return [cleaned.get(raw, raw) for raw in verdict.missing], [cleaned.get(raw, raw) for raw in verdict.unexpected]
-
-
 def _overrides_loading(module: nn.Module) -> bool:
     loader = type(module)._load_from_state_dict
     # torch.nn's own overrides only complete what old versions lack, which a matching checkpoint does not.
     return loader is not nn.Module._load_from_state_dict and not loader.__module__.startswith("torch.nn.modules.")
 
 
-def _renames_on_load(module: nn.Module) -> bool:
-    return any(m._load_state_dict_pre_hooks or _overrides_loading(m) for m in module.modules())
+def _may_rename(module: nn.Module) -> bool:
+    """Whether loading code may know, or make up, what the names alone say is missing or unexpected."""
+    return any(
+        m._load_state_dict_pre_hooks or type(m)._load_from_state_dict is not nn.Module._load_from_state_dict
+        for m in module.modules()
+    )
 
 
 def _customises_loading(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ the prefixes that wrappers add. Optimizer state is keyed by that name, so it fin
 sharding, any order of param groups and any number of processes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -127,6 +127,29 @@ def clean_paths(module: nn.Module) -> dict[str, str]:
     """The path of each module in ``module``, itself included, without wrapper prefixes."""
     prefixes = _wrapper_prefixes(module)
     return {raw: _without(prefixes, f"{raw}.")[:-1] for raw, _ in module.named_modules(remove_duplicate=False)}
+
+
+def raw_names(module: nn.Module, known: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """What clean ``names`` that ``module`` lacks would be called in its state dict, whose raw keys are ``known``.
+
+    A name lies in the innermost of the modules that have its parent's path, so that this one's hooks get to see it.
+    """
+    used = {""}
+    for key in known:
+        while (key := key.rpartition(".")[0]) and key not in used:
+            used.add(key)
+    inner: dict[str, str] = {}
+    for raw, clean in clean_paths(module).items():
+        if raw in used and len(raw) >= len(inner.get(clean, "")):
+            inner[clean] = raw
+    found = {}
+    for name in names:
+        parent = name.rpartition(".")[0]
+        while parent not in inner:
+            parent = parent.rpartition(".")[0]
+        rest = name[len(parent) + 1 :] if parent else name
+        found[name] = f"{inner[parent]}.{rest}" if inner[parent] else rest
+    return found
 
 
 def _without(prefixes: list[str], name: str) -> str:

@@ -4,7 +4,7 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shardckpt.state.leaves import is_uninitialised
 
@@ -25,28 +25,55 @@ def rehearse(module: nn.Module, state_dict: dict[str, Any]) -> Verdict | None:
     Loading code that renames keys is known only by running it, and run on the module itself it would change it before
     it finds what is amiss.
     """
-    errors: list[list[str]] = []
+    heard: list[Verdict] = []
+
+    def listen(*args: Any) -> None:
+        heard.append(Verdict(*args[5:8]))  # a hook is handed the lists that all of the load adds to
+
     try:
-        twin = copy.deepcopy(module, _without_data(module))
+        twin = _twin(module)
         for name, value in state_dict.items():
             if (shape := getattr(value, "shape", None)) is not None:
                 state_dict[name] = torch.empty(tuple(shape), device="meta")
-        # A hook is handed the list of errors that all of the load adds to.
-        twin.register_load_state_dict_pre_hook(lambda *args: errors.append(args[7]))  # type: ignore[no-untyped-call]
-        loaded = twin.load_state_dict(state_dict, strict=False)
+        twin.register_load_state_dict_pre_hook(listen)  # type: ignore[no-untyped-call]
+        with torch.device("meta"):  # what loading code makes up has no data either
+            twin.load_state_dict(state_dict, strict=False)
     except Exception:  # noqa: BLE001 - the module's code need not cope with a twin, nor with tensors without data
-        return Verdict([], [], errors[0]) if errors and errors[0] else None
-    return Verdict(list(loaded.missing_keys), list(loaded.unexpected_keys), [])
+        return heard[0] if heard and heard[0].errors else None
+    return heard[0] if heard else None
 
 
-def _without_data(module: nn.Module) -> dict[int, Any]:
-    """For ``copy.deepcopy``: in place of each parameter and buffer one on the meta device."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        if not is_uninitialised(parameter):
-            twin = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            memo[id(parameter)] = nn.Parameter(twin, requires_grad=parameter.requires_grad)
-    for buffer in module.buffers():
-        if not is_uninitialised(buffer):
-            memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
-    return memo
+def _twin(module: nn.Module) -> nn.Module:
+    """A tree of modules like ``module``'s, whose parameters and buffers are on the meta device.
+
+    Other attributes are shared, not copied: they may be anything, a data set or a process group. Hooks that are methods
+    of a module become methods of its twin.
+    """
+    memo: dict[int, Any] = {id(part): object.__new__(type(part)) for part in module.modules()}
+    for part in module.modules():
+        tensors = {
+            kind: {name: _without_data(tensor, memo) for name, tensor in part.__dict__[kind].items()}
+            for kind in ("_parameters", "_buffers")
+        }
+        children = {name: None if child is None else memo[id(child)] for name, child in part._modules.items()}  # noqa: SLF001
+        hooks = {
+            name: copy.deepcopy(part.__dict__[name], memo)
+            for name in ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+        }
+        memo[id(part)].__dict__.update(part.__dict__ | tensors | hooks | {"_modules": children})
+    twin: nn.Module = memo[id(module)]
+    return twin
+
+
+def _without_data(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:
+    """A tensor's counterpart on the meta device; the same one for each name of a tied one."""
+    if tensor is None:
+        return None
+    if id(tensor) not in memo:
+        if is_uninitialised(tensor):
+            memo[id(tensor)] = type(tensor)(device="meta")
+        else:
+            bare = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device="meta")
+            memo[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+    found: Tensor = memo[id(tensor)]
+    return found

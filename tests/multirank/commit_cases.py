@@ -1,0 +1,157 @@
+"""What the ranks do in the multi-rank tests of the commit: one rank's storage or code fails at the worst moment."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import shardckpt
+from shardckpt import Checkpointer
+from shardckpt import checkpointer as module
+from shardckpt.storage import Storage
+from storage.wrappers import WrapperStorage
+
+BROKEN = shardckpt.StorageError("the cable is out")
+
+
+def save_beside(
+    rank: int, path: str, failing: int, wrap: Callable[[Storage], Storage], timeout: float = 30.0
+) -> dict[str, Any]:
+    """Overwrite a checkpoint while one rank's storage is what ``wrap`` makes of it; what this rank saw."""
+    engine = Checkpointer(timeout=30, commit_timeout=timeout, replicated=True)
+    engine.save({"w": torch.ones(4 << 18)}, path)
+    original = module.open_storage
+    if rank == failing:
+        module.open_storage = lambda *a: wrap(original(*a))  # type: ignore[assignment]
+    told: dict[str, Any] = {"error": None}
+    started = time.monotonic()
+    try:
+        pending = engine.async_save({"w": torch.zeros(4 << 18)}, path)
+    finally:
+        module.open_storage = original
+    try:
+        pending.result(60)
+    except shardckpt.SaveFailedError as error:
+        told["error"] = type(error).__name__, str(error)
+    told["seconds"] = time.monotonic() - started
+    dist.barrier()
+    told["sum"] = shardckpt.load(path)["w"].sum().item()
+    dist.barrier()
+    engine.save({"w": torch.full((4 << 18,), 2.0)}, path)
+    dist.barrier()
+    told["after"] = shardckpt.load(path)["w"].sum().item()
+    dist.barrier()
+    return told
+
+
+class _SilentAtCommit(WrapperStorage):
+    lands = True
+    silent = False
+
+    def called(self, method: str, name: str, nbytes: int) -> None:
+        if self.silent:
+            raise BROKEN
+
+    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+        if name != "manifest.json" or self.lands:
+            super().put(name, data, replace=replace)
+        if name == "manifest.json":
+            self.silent = True
+            raise BROKEN
+
+
+class _NothingLands(_SilentAtCommit):
+    lands = False
+
+
+class _SilentAfterCommit(WrapperStorage):
+    committed = False
+
+    def called(self, method: str, name: str, nbytes: int) -> None:
+        if self.committed:
+            raise RuntimeError("a bug")
+        self.committed = (method, name) == ("put", "manifest.json")
+
+
+def silent_at_commit(rank: int, path: str, lands: bool) -> dict[str, Any]:
+    return save_beside(rank, path, 0, _SilentAtCommit if lands else _NothingLands)
+
+
+def silent_after_commit(rank: int, path: str) -> dict[str, Any]:
+    return save_beside(rank, path, 0, _SilentAfterCommit)
+
+
+def failing_writer(rank: int, path: str, failing: int) -> dict[str, Any]:
+    """One rank cannot even begin its shard, after all have agreed to save."""
+    original = module.ShardWriter
+
+    def broken(*args: Any, **options: Any) -> Any:
+        if rank == failing and "rank-" in args[1] and broken.armed:  # type: ignore[attr-defined]
+            broken.armed = False  # type: ignore[attr-defined]
+            raise shardckpt.UsageError("too many tensors for one file")
+        return original(*args, **options)
+
+    engine_saves = iter([False, True, False])
+    broken.armed = False  # type: ignore[attr-defined]
+
+    class Counting:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            broken.armed = next(engine_saves)  # type: ignore[attr-defined]
+            self._inner = broken(*args, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+    module.ShardWriter = Counting  # type: ignore[assignment, misc]
+    try:
+        return save_beside(rank, path, failing, lambda storage: storage, timeout=60.0)
+    finally:
+        module.ShardWriter = original  # type: ignore[misc]
+
+
+class _Bug:
+    """An object whose loading fails with an error that is none of ours."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"a": 1}
+
+    def load_state_dict(self, _: dict[str, int]) -> None:
+        raise ZeroDivisionError("a bug of the user's")
+
+
+class _Fine(_Bug):
+    def load_state_dict(self, _: dict[str, int]) -> None: ...
+
+
+def bug_while_loading(rank: int, path: str) -> tuple[str, str, float]:
+    """Rank 1's own code raises in mid-load: what this rank is told, and how soon; then both go on together."""
+    Checkpointer(timeout=30).save({"w": torch.ones(3), "odd": _Fine()}, path)
+    started = time.monotonic()
+    told = ("", "")
+    try:
+        shardckpt.load(path, {"w": torch.zeros(3), "odd": _Bug() if rank == 1 else _Fine()})
+    except shardckpt.ShardckptError as error:
+        told = (type(error).__name__, str(error))
+    seconds = time.monotonic() - started
+    state = {"w": torch.zeros(3), "odd": _Fine()}
+    shardckpt.load(path, state)
+    assert state["w"].sum() == 3
+    return (*told, seconds)
+
+
+def removed_behind_our_back(rank: int, path: str) -> list[bool]:
+    """An alias whose source rank 0 has removed is written anew, though only rank 0 knows."""
+    engine = Checkpointer(timeout=30)
+    state = {"w": torch.ones(1000)}
+    aliases = [engine.save(state, f"{path}/a", state_version=1).alias]
+    dist.barrier()
+    if rank == 0:
+        engine.remove(f"{path}/a")
+    dist.barrier()
+    aliases += [engine.save(state, f"{path}/{name}", state_version=1).alias for name in "bc"]
+    dist.barrier()
+    assert shardckpt.load(f"{path}/c")["w"].sum() == 1000
+    dist.barrier()
+    return aliases
