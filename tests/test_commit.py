@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt import Checkpointer, checkpointer, commit, filenames
+from shardckpt import Checkpointer, checkpointer, commit, coordinator, filenames
 from shardckpt.commit import clearing
 from shardckpt.storage import Storage, open_storage
 from storage.wrappers import FaultyStorage, SlowStorage, WrapperStorage
@@ -484,6 +484,24 @@ def test_a_failed_plan_is_everybodys_failure(tmp_path, monkeypatch):
     monkeypatch.undo()
     engine.save(state(1), tmp_path / "ck")
     assert found(tmp_path / "ck") == 1
+
+
+def test_what_another_rank_spoils_is_taken_back(tmp_path, monkeypatch):
+    """Rank 0 has opened the place when another rank fails to come: no marker, no lease and no directory is left."""
+    solo = coordinator._SoloOperation
+    agree = solo.agree
+
+    def late(self: Any, point: str, word: bytes | Exception) -> list[bytes]:
+        if point == "place":
+            assert files(tmp_path / "ck")
+            raise shardckpt.RankTimeoutError("rank 1 did not come")
+        return agree(self, point, word)
+
+    monkeypatch.setattr(solo, "agree", late)
+    with pytest.raises(shardckpt.RankTimeoutError):
+        Checkpointer().save(state(1), tmp_path / "ck")
+    assert files(tmp_path) == []
+    assert not clearing._leases
 
 
 # -- removal --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -42,8 +41,7 @@ class Checkpointer:
 
     Args:
         storage_options: for the fsspec file system behind a URL, such as ``key``, ``secret``, ``endpoint_url`` of s3fs.
-        compression: None, ``"zstd"`` or ``("zstd", level)``; in independent frames, so that a part is read without the
-            rest.
+        compression: None, ``"zstd"`` or ``("zstd", level)``, in frames that are read one by one.
         replicated: loose tensors and buffers that are equal on all ranks, so that their writing is shared: True for
             all, or patterns of their names. Parameters, optimizer state and DTensors are shared without asking.
         include, exclude: patterns (``fnmatch``) of the names that a save takes; by default all.
@@ -150,7 +148,7 @@ class Checkpointer:
                 save_id = commit.new_save_id()
                 previous = commit.open_place(storage, save_id, structure.nbytes if source is None else 0)
                 placing.word = save_id.encode()
-                placing.undo = partial(commit.abandon, storage, save_id, [0])
+                placing.undo = lambda: commit.abandon(storage, save_id, [0])
         pending = PendingSave(place, placing.heard[0].decode())
         order = saving.Order(
             pending=pending,
