@@ -137,13 +137,20 @@ class Checkpointer:
             opening.word = msgspec.msgpack.encode(Opening(flat.structure, flat.outline, known, may_alias))
         openings = [msgspec.msgpack.decode(word, type=Opening) for word in opening.heard]
         source = self._last if saving.may_share(openings, self._structure) else None
-        structure = self._agreed_structure(operation, flat, openings)
+        key = saving.structure_key(openings)
+        is_known = self._structure is not None and all(opening.known == key for opening in openings)
+        descriptions = None if is_known else saving.exchange(operation, flat)
         if any(opening.may_alias for opening in openings) and source is None:
             # Some ranks could have shared the last save's shards, but not all.
             with turn(operation, "drain"):
                 self._drain()
         previous = None
         with turn(operation, "place") as placing:
+            if descriptions is not None:
+                self._structure = None
+                self._structure = saving.plan(descriptions, openings, operation.rank)
+            structure = self._structure
+            assert structure is not None, "it is known, or has just been planned"
             if operation.rank == 0:
                 save_id = commit.new_save_id()
                 previous = commit.open_place(storage, save_id, structure.nbytes if source is None else 0)
@@ -155,6 +162,7 @@ class Checkpointer:
             operation=operation,
             storage=storage,
             structure=structure,
+            speaks=saving.speaks(openings, operation.rank),
             skeleton=flat.skeleton,
             objects=flat.objects,
             previous=previous,
@@ -181,14 +189,6 @@ class Checkpointer:
             return False
         pending = self._last.order.pending
         return not pending.done() or (pending.succeeded() and self._last.is_there())
-
-    def _agreed_structure(self, operation: Operation, flat: Flattened, openings: Sequence[Opening]) -> Structure:
-        """The plan of the last save, if every rank still has it and nothing has changed; else a new one."""
-        key = saving.structure_key(openings)
-        if self._structure is None or any(opening.known != key for opening in openings):
-            self._structure = None
-            self._structure = saving.agree_on_structure(operation, flat, openings)
-        return self._structure
 
     def _write(self, order: saving.Order, flat: Flattened, memory: int | None) -> SaveJob:
         """Start the background half of a save, and stage this rank's part for it."""

@@ -26,7 +26,7 @@ from shardckpt.lightning.snapshot import Layout, Produced, fingerprint, layout_o
 from shardckpt.storage import local_path
 
 if TYPE_CHECKING:
-    _CheckpointIO = object
+    from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO as _CheckpointIO
 else:
     _CheckpointIO = flavours.main().checkpoint_io()
 
@@ -141,7 +141,7 @@ class ShardedCheckpointIO(_CheckpointIO):
             self._displaced.settle(None)
         self._written[_key(text)] = storage_options
 
-    def load_checkpoint(
+    def load_checkpoint(  # type: ignore[override]  # what it returns is that of the documented contract
         self,
         path: Any,
         map_location: Any = None,

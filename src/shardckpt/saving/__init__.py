@@ -4,10 +4,12 @@ from shardckpt.saving.jobs import AliasJob, Job, Order, SaveJob, Times
 from shardckpt.saving.structure import (
     Opening,
     Structure,
-    agree_on_structure,
     bytes_to_stage,
+    exchange,
     may_share,
+    plan,
     sources,
+    speaks,
     structure_key,
 )
 
@@ -19,9 +21,11 @@ __all__ = [
     "SaveJob",
     "Structure",
     "Times",
-    "agree_on_structure",
     "bytes_to_stage",
+    "exchange",
     "may_share",
+    "plan",
     "sources",
+    "speaks",
     "structure_key",
 ]

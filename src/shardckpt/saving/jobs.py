@@ -72,6 +72,8 @@ class Order:
     operation: Operation
     storage: Storage
     structure: Structure
+    speaks: bool
+    """Whether this rank's skeleton and objects are stored; they are not where rank 0's say the same."""
     skeleton: Any
     objects: dict[str, bytes]
     previous: bytes | None
@@ -160,7 +162,7 @@ class SaveJob(Job):
             # Rank 0 has left a marker there, but a network file system may be slow to show it.
             order.storage.prepare()
         manifest = self._writer.run().manifest
-        if order.structure.speaks:
+        if order.speaks:
             manifest.state = order.skeleton
             manifest.objects = put_objects(order.storage, rank, save_id, order.objects)
         return commit.put_rank_manifest(order.storage, manifest)

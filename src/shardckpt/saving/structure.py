@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -57,8 +57,6 @@ class Structure:
     """Of raw data, all ranks together."""
     heads: dict[str, TensorHead]
     aliases: dict[str, str]
-    speaks: bool
-    """Whether this rank's skeleton has places that rank 0's lacks, so that it goes into its rank manifest."""
 
 
 def structure_key(openings: Sequence[Opening]) -> str:
@@ -75,16 +73,34 @@ def may_share(openings: Sequence[Opening], structure: "Structure | None") -> boo
     )
 
 
-def agree_on_structure(operation: Operation, flat: Flattened, openings: Sequence[Opening]) -> Structure:
-    """Exchange what every rank holds, and plan. Identical descriptions cross the wire once."""
+def speaks(openings: Sequence[Opening], rank: int) -> bool:
+    """Whether a rank's skeleton has places that rank 0's lacks, or is rank 0's, so that it must be stored."""
+    return rank == 0 or openings[rank].outline not in ("", openings[0].outline)
+
+
+class Descriptions(NamedTuple):
+    """What every rank holds."""
+
+    digests: list[bytes]
+    """By rank; equal for ranks that hold the same."""
+    bodies: list[bytes]
+    """By rank; empty for all but the first of those with one digest."""
+
+
+def exchange(operation: Operation, flat: Flattened) -> Descriptions:
+    """Tell all ranks what this one holds, and hear the same of them. Identical descriptions cross the wire once."""
     with turn(operation, "describe") as digested:
         body = msgspec.msgpack.encode(_describe(flat, operation.world_size))
         digested.word = digests_text([digest(body)]).encode()
-    digests = digested.heard
-    is_first = digests.index(digested.word) == operation.rank
-    bodies = operation.agree("structure", body if is_first else b"")
+    is_first = digested.heard.index(digested.word) == operation.rank
+    return Descriptions(digested.heard, operation.agree("structure", body if is_first else b""))
+
+
+def plan(descriptions: Descriptions, openings: Sequence[Opening], rank: int) -> Structure:
+    """What follows from what all ranks hold, the same on each; raises ConflictingStateError where they disagree."""
+    digests = descriptions.digests
     decoded = {
-        mark: msgspec.msgpack.decode(bodies[digests.index(mark)], type=_WireStructure)
+        mark: msgspec.msgpack.decode(descriptions.bodies[digests.index(mark)], type=_WireStructure)
         for mark in dict.fromkeys(digests)
     }
     held = {mark: _held(structure) for mark, structure in decoded.items()}
@@ -95,15 +111,14 @@ def agree_on_structure(operation: Operation, flat: Flattened, openings: Sequence
         for tensor in structure.tensors:
             heads.setdefault(tensor.fqn, TensorHead(tensor.dtype, tensor.shape, tensor.location))
         aliases.update(structure.aliases)
-    if operation.rank == 0:
+    if rank == 0:
         _hint(plans, digests, decoded)
     return Structure(
         key=structure_key(openings),
-        plan=plans[operation.rank],
+        plan=plans[rank],
         nbytes=sum(item.nbytes for plan in plans for item in plan.items),
         heads=heads,
         aliases={alias: target for alias, target in aliases.items() if alias not in heads and target in heads},
-        speaks=operation.rank == 0 or openings[operation.rank].outline not in ("", openings[0].outline),
     )
 
 

@@ -44,7 +44,7 @@ class Flattened:
     objects: dict[str, bytes] = field(default_factory=dict)
     """Pickled with ``torch.save``, by path; taken at the call, so that they belong to the same instant."""
     structure: str = ""
-    """Digest of names, kinds, shapes, dtypes and boxes, but of no values: equal while a plan stays good."""
+    """Digest of the tensors' names, shapes, dtypes and boxes: equal while a plan stays good."""
     outline: str = ""
     """Digest of names and kinds alone: equal on ranks whose skeletons have the same places. Empty for a `Share`."""
 
@@ -119,9 +119,7 @@ class _Flattener:
         return self._object(value, path)
 
     def _note(self, kind: str, path: str) -> None:
-        line = f"{kind}\0{path}\0".encode()
-        self.structure.update(line)
-        self.outline.update(line)
+        self.outline.update(f"{kind}\0{path}\0".encode())
 
     @contextmanager
     def _inside(self, value: Any, path: str) -> Iterator[None]:
@@ -192,7 +190,7 @@ class _Flattener:
         if key is not None and key in self._memory:
             self.result.aliases[name] = self._memory[key]
             self._note("a", name)
-            self.structure.update(f"{self._memory[key]}\0".encode())
+            self.structure.update(f"{name}\0{self._memory[key]}\0".encode())
             return {"$tensor": name}
         leaf = local_tensor(name, value, split=split or self._replicated(name))
         if key is not None:
@@ -200,7 +198,7 @@ class _Flattener:
         self.result.tensors[name] = leaf
         self._note("t", name)
         boxes = [(*box.offsets, *box.lengths) for box in leaf.boxes]
-        self.structure.update(f"{leaf.shape}{leaf.dtype}{leaf.split}{leaf.location}{boxes}\0".encode())
+        self.structure.update(f"{name}\0{leaf.shape}{leaf.dtype}{leaf.split}{leaf.location}{boxes}\0".encode())
         return {"$tensor": name}
 
     def _unique(self, path: str) -> str:
