@@ -1,35 +1,22 @@
-"""The three functions for a loop of one's own: a process-wide Checkpointer per set of options."""
+"""The functions for a loop of one's own, over a Checkpointer that the whole process shares."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from shardckpt import options
 from shardckpt.background import PendingSave
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.loading import MapLocation
-from shardckpt.options import Compression, Path
+from shardckpt.options import Compression, Path, SaveOptions
 from shardckpt.reports import SaveReport
 
-_engines: dict[tuple[Any, ...], Checkpointer] = {}
 
-
-def _engine(
-    compression: Compression = None,
-    replicated: bool | Sequence[str] = False,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-) -> Checkpointer:
-    key = (
-        options.codec(compression),
-        options.replicated(replicated),
-        options.patterns("include", include),
-        options.patterns("exclude", exclude),
-    )
-    if key not in _engines:
-        _engines[key] = Checkpointer(compression=compression, replicated=replicated, include=include, exclude=exclude)
-    return _engines[key]
+@functools.cache
+def _engine() -> Checkpointer:
+    """The Checkpointer of the process: one, so that calls with other options still wait for each other."""
+    return Checkpointer()
 
 
 def save(
@@ -48,7 +35,12 @@ def save(
     plain values, or one of these by itself. For the options see `Checkpointer`, for the errors
     `Checkpointer.async_save`.
     """
-    return _engine(compression, replicated, include, exclude).save(state, path, storage_options=storage_options)
+    return _engine().save(
+        state,
+        path,
+        storage_options=storage_options,
+        save_options=SaveOptions.of(compression, replicated, include, exclude),
+    )
 
 
 def async_save(
@@ -62,7 +54,12 @@ def async_save(
     exclude: Sequence[str] | None = None,
 ) -> PendingSave:
     """Save ``state`` as it is now in the background; returns once it may change. See `save`."""
-    return _engine(compression, replicated, include, exclude).async_save(state, path, storage_options=storage_options)
+    return _engine().async_save(
+        state,
+        path,
+        storage_options=storage_options,
+        save_options=SaveOptions.of(compression, replicated, include, exclude),
+    )
 
 
 def load(

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from shardckpt.errors import SaveFailedError, UsageError
 from shardckpt.reports import SaveReport
@@ -27,6 +28,7 @@ class PendingSave:
         self._report: SaveReport | None = None
         self._error: SaveFailedError | None = None
         self._reported = False
+        self._stall_seconds = 0.0
 
     @property
     def staged(self) -> bool:
@@ -49,7 +51,7 @@ class PendingSave:
             self._reported = True
             raise self._error
         assert self._report is not None
-        return self._report
+        return replace(self._report, stall_seconds=self._stall_seconds)
 
     @property
     def told(self) -> bool:
@@ -63,9 +65,15 @@ class PendingSave:
     def mark_staged(self) -> None:
         self._staged = True
 
+    def mark_returned(self, stall_seconds: float) -> None:
+        """Note that the caller goes on, after so long."""
+        self._stall_seconds = stall_seconds
+
     def resolve(self, outcome: SaveReport | SaveFailedError) -> None:
         self._staged = True
         if isinstance(outcome, SaveFailedError):
+            # Whoever never asks for the result, and makes no further save, is told here.
+            log.error("%s", outcome)
             self._error = outcome
         else:
             self._report = outcome
@@ -105,10 +113,11 @@ class Background:
         """Run ``job`` after those submitted before it. It must not raise."""
         self.check_fork()
         with self._state:
-            self._jobs.append(job)
             if not self._running:
-                self._running = True
+                # Where no thread can be started nothing has been promised yet.
                 threading.Thread(target=self._run, name="shardckpt-background", daemon=False).start()
+                self._running = True
+            self._jobs.append(job)
 
     def wait(self) -> None:
         """Until nothing is left to do."""

@@ -4,9 +4,11 @@ Save: flatten → plan → stage → write → commit. Load: manifest → plan �
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -14,9 +16,9 @@ import msgspec
 from shardckpt import commit, coordinator, filenames, loading, options, saving
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, turn
-from shardckpt.errors import RankTimeoutError, ShardckptError
+from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError
 from shardckpt.loading import MapLocation, OpenCheckpoint
-from shardckpt.options import Compression, Path
+from shardckpt.options import Compression, Path, SaveOptions
 from shardckpt.reports import SaveReport
 from shardckpt.saving import AliasJob, Job, Opening, SaveJob, Structure
 from shardckpt.staging import StagingPool, stage
@@ -66,9 +68,7 @@ class Checkpointer:
         alone: bool = False,
     ) -> None:
         self._storage_options = options.mapping("storage_options", storage_options)
-        self._codec = options.codec(compression)
-        self._replicated = options.replicated(replicated)
-        self._include, self._exclude = options.patterns("include", include), options.patterns("exclude", exclude)
+        self._save_options = SaveOptions.of(compression, replicated, include, exclude)
         self._staging_limit = None if staging_limit is None else options.positive("staging_limit", staging_limit)
         self._timeout = options.positive("timeout", timeout)
         self._commit_timeout = options.positive("commit_timeout", commit_timeout)
@@ -89,9 +89,12 @@ class Checkpointer:
         *,
         storage_options: Mapping[str, Any] | None = None,
         state_version: Hashable | None = None,
+        save_options: SaveOptions | None = None,
     ) -> SaveReport:
         """Save ``state`` to ``path`` and return once it is committed; otherwise as `async_save`."""
-        return self._start(state, path, storage_options, state_version, memory=SYNC_MEMORY).result()
+        pending = self._start(state, path, storage_options, state_version, save_options, memory=SYNC_MEMORY)
+        report = pending.result()
+        return replace(report, stall_seconds=report.total_seconds)
 
     def async_save(
         self,
@@ -100,20 +103,21 @@ class Checkpointer:
         *,
         storage_options: Mapping[str, Any] | None = None,
         state_version: Hashable | None = None,
+        save_options: SaveOptions | None = None,
     ) -> PendingSave:
         """Save ``state`` to ``path`` in the background; returns once the state may change.
 
         What is saved is the state at this call. A checkpoint that lies at ``path`` is replaced at the commit, at once.
 
-        ``state_version`` is a promise: two successive saves with equal ones have the same tensors, though plain values
-        may differ. The second shares the first's shards, by hard links or server-side copies, and neither waits nor
-        writes them again.
+        ``save_options`` stand in for those that the Checkpointer was made with. ``state_version`` is a promise: two
+        successive saves with equal ones have the same tensors, though plain values may differ. The second shares the
+        first's shards, by hard links or server-side copies, and neither waits nor writes them again.
 
         Raises, on every rank, what any rank met before the first byte was written: UnserialisableError, UsageError,
         ConflictingStateError, StorageError and its kinds, RankTimeoutError; and SaveFailedError for the save before
         this one, if it failed and nobody has been told.
         """
-        return self._start(state, path, storage_options, state_version, memory=self._staging_limit)
+        return self._start(state, path, storage_options, state_version, save_options, memory=self._staging_limit)
 
     def _start(
         self,
@@ -121,18 +125,20 @@ class Checkpointer:
         path: Path,
         storage_options: Mapping[str, Any] | None,
         state_version: Hashable | None,
+        save_options: SaveOptions | None,
         *,
         memory: int | None,
     ) -> PendingSave:
-        times = saving.Times(time.monotonic(), [])
-        place = commit.checkpoint_path(path)
-        operation = self._begin(f"save({place!r})")
-        may_alias = state_version is not None and state_version == self._version and self._can_share(place)
+        called = time.monotonic()
+        chosen = save_options or self._save_options
+        operation = self._begin(f"save({os.fspath(path)!r})")
         with turn(operation, "open") as opening:
+            place = commit.checkpoint_path(path)
+            may_alias = state_version is not None and state_version == self._version and self._can_share(place)
             if not may_alias:
                 self._drain()
             storage = open_storage(place, self._options(storage_options))
-            flat = flatten(state, replicated=self._replicated, include=self._include, exclude=self._exclude)
+            flat = _flatten(state, chosen)
             known = self._structure.key if self._structure is not None else ""
             opening.word = msgspec.msgpack.encode(Opening(flat.structure, flat.outline, known, may_alias))
         openings = [msgspec.msgpack.decode(word, type=Opening) for word in opening.heard]
@@ -153,7 +159,9 @@ class Checkpointer:
             assert structure is not None, "it is known, or has just been planned"
             if operation.rank == 0:
                 save_id = commit.new_save_id()
-                previous = commit.open_place(storage, save_id, structure.nbytes if source is None else 0)
+                # What compression makes of it is known when it is done.
+                needed = structure.nbytes if source is None and chosen.codec is None else 0
+                previous = commit.open_place(storage, save_id, needed)
                 placing.word = save_id.encode()
                 placing.undo = lambda: commit.abandon(storage, save_id, [0])
         pending = PendingSave(place, placing.heard[0].decode())
@@ -167,17 +175,17 @@ class Checkpointer:
             objects=flat.objects,
             previous=previous,
             commit_timeout=self._commit_timeout,
-            times=times,
+            called=called,
             owner=self._background,
         )
         if source is None:
-            self._last = self._write(order, flat, memory)
+            self._last = self._write(order, flat, chosen.codec, memory)
         else:
             self._last = AliasJob(order, source)
             pending.mark_staged()
             self._submit(self._last)
         self._version = state_version
-        times.stall.append(time.monotonic() - times.called)
+        pending.mark_returned(time.monotonic() - called)
         return pending
 
     def _can_share(self, place: str) -> bool:
@@ -190,35 +198,37 @@ class Checkpointer:
         pending = self._last.order.pending
         return not pending.done() or (pending.succeeded() and self._last.is_there())
 
-    def _write(self, order: saving.Order, flat: Flattened, memory: int | None) -> SaveJob:
+    def _write(
+        self, order: saving.Order, flat: Flattened, codec: tuple[str, int] | None, memory: int | None
+    ) -> SaveJob:
         """Start the background half of a save, and stage this rank's part for it."""
         save_id, rank = order.pending.save_id, order.operation.rank
         name = filenames.shard_name(rank, save_id)
         try:
             sources = saving.sources(order.structure.plan, flat)
-            writer = ShardWriter(order.storage, name, save_id, rank, sources, pool=self._pool, codec=self._codec)
+            writer = ShardWriter(order.storage, name, save_id, rank, sources, pool=self._pool, codec=codec)
+            job = SaveJob(order, writer)
+            self._submit(job)
         except Exception as error:  # noqa: BLE001 - the others are under way: this rank has to join them and say so
             job = SaveJob(order, error)
-            self._submit(job)
-            order.pending.mark_staged()
+            job.run()
+            self._pending.append(order.pending)
             return job
-        job = SaveJob(order, writer)
-        self._submit(job)
         try:
             stage(sources, self._pool, limit=memory, first_block_offset=writer.first_block_offset, emit=writer.emit)
-        except BaseException as error:
-            # The background tells all ranks, this one too, so that the verdict is one.
+        except Exception as error:  # noqa: BLE001 - the background tells all ranks, this one too: one verdict
             writer.cancel(error)
-            if not isinstance(error, Exception):
-                raise
+        except BaseException as error:
+            writer.cancel(SaveFailedError(f"staging was interrupted by {type(error).__name__}"))
+            raise
         else:
             writer.finish()
         order.pending.mark_staged()
         return job
 
     def _submit(self, job: Job) -> None:
-        self._pending.append(job.order.pending)
         self._background.submit(job.run)
+        self._pending.append(job.order.pending)
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
@@ -271,12 +281,11 @@ class Checkpointer:
     ) -> OpenCheckpoint:
         """Read the manifest of a checkpoint; ``collective``: rank 0 reads it, and all ranks get the same one."""
         self._background.wait()
-        place = commit.checkpoint_path(path)
-        options = self._options(storage_options)
-        operation = self._begin(f"load({place!r})") if collective else coordinator.begin_alone()
-        storage = open_storage(place, options)
-        manifest = loading.read_manifest(place, storage, options, operation)
-        return OpenCheckpoint(place, manifest, storage, pool=self._pool, begin=self._begin)
+        operation = self._begin(f"load({os.fspath(path)!r})") if collective else coordinator.begin_alone()
+        place, storage, manifest = loading.read_manifest(path, self._options(storage_options), operation)
+        return OpenCheckpoint(
+            place, manifest, storage, pool=self._pool, begin=self._begin, patience=self._commit_timeout
+        )
 
     def _overwritten(self, opened: OpenCheckpoint, error: Exception) -> bool:
         operation = self._begin(f"reload({opened.path!r})")
@@ -316,7 +325,7 @@ class Checkpointer:
     def prepare(self, state: Any) -> None:
         """Allocate and touch, in the background, the memory that saving ``state`` will need."""
         self._background.check_fork()
-        flat = flatten(state, replicated=self._replicated, include=self._include, exclude=self._exclude)
+        flat = _flatten(state, self._save_options)
         nbytes = saving.bytes_to_stage(flat, 1 if self._alone else coordinator.rank_and_world_size()[1])
         wanted = nbytes if self._staging_limit is None else min(nbytes, self._staging_limit)
         threading.Thread(target=self._pool.reserve, args=(wanted,), name="shardckpt-prepare", daemon=True).start()
@@ -348,3 +357,7 @@ class Checkpointer:
         self._pending.clear()
         if failures:
             raise failures[0]
+
+
+def _flatten(state: Any, chosen: SaveOptions) -> Flattened:
+    return flatten(state, replicated=chosen.replicated, include=chosen.include, exclude=chosen.exclude)

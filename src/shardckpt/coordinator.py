@@ -8,8 +8,7 @@ Like collectives, operations are matched by their order: every rank makes the sa
 Each call carries its name, so a rank that makes another one is told what the others are doing instead of hanging.
 """
 
-import datetime
-import itertools
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,9 @@ import torch.distributed as dist
 
 from shardckpt import errors
 from shardckpt.errors import ConflictingStateError, RankTimeoutError, ShardckptError
+from shardckpt.wordstore import WordStore
+
+log = logging.getLogger(__name__)
 
 _GRACE_SECONDS: Final = 20.0
 """How much longer the other ranks wait than rank 0, so that they hear from it who was missing."""
@@ -38,6 +40,8 @@ class _Word(msgspec.Struct, array_like=True):
     payload: bytes = b""
     error: str | None = None
     message: str = ""
+    silent: tuple[int, ...] = ()
+    """Ranks that were not waited for any longer."""
 
 
 class Operation(Protocol):
@@ -46,8 +50,14 @@ class Operation(Protocol):
     rank: int
     world_size: int
 
-    def agree(self, point: str, word: bytes | Exception) -> list[bytes]:
-        """Say ``word`` and hear everyone's, by rank. Raises on every rank if any rank said an error."""
+    def agree(self, point: str, word: bytes | Exception, timeout: float | None = None) -> list[bytes]:
+        """Say ``word`` and hear everyone's, by rank. Raises on every rank if any rank said an error.
+
+        ``timeout`` is in seconds, for points before which ranks have different amounts of work to do.
+        """
+
+    def fail(self, point: str, error: Exception) -> None:
+        """Tell the others that this rank is leaving, and wait for nobody."""
 
     def post(self, point: str, word: bytes | Exception) -> None:
         """Say ``word`` without waiting; safe in a background thread, as are the three below."""
@@ -69,8 +79,8 @@ def begin(call: str, *, timeout: float) -> Operation:
     """Start an operation named ``call`` with all ranks of the default process group, or alone without one."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
-        number = next(_counters.setdefault(store, itertools.count()))
-        return _StoreOperation(store, f"shardckpt/{number}", call, dist.get_rank(), dist.get_world_size(), timeout)
+        words = WordStore(store, store, call)
+        return _StoreOperation(words, _next_number(store), call, dist.get_rank(), dist.get_world_size(), timeout)
     return _SoloOperation()
 
 
@@ -97,7 +107,7 @@ class Turn:
 
 
 @contextmanager
-def turn(operation: Operation, point: str) -> Iterator[Turn]:
+def turn(operation: Operation, point: str, timeout: float | None = None) -> Iterator[Turn]:
     """Enclose what a rank does before the others may go on past ``point``.
 
     If anything in here raises, on any rank, it is raised on every rank: nobody waits for one that has failed.
@@ -106,17 +116,26 @@ def turn(operation: Operation, point: str) -> Iterator[Turn]:
     try:
         yield own
     except Exception as error:
-        operation.agree(point, error)
+        operation.agree(point, error, timeout)
+        raise
+    except BaseException as error:
+        operation.fail(point, errors.RemoteError(f"interrupted by {type(error).__name__}"))
         raise
     try:
-        own.heard = operation.agree(point, own.word)
+        own.heard = operation.agree(point, own.word, timeout)
     except BaseException:
         own.undo()
         raise
 
 
-_counters: "weakref.WeakKeyDictionary[Any, itertools.count[int]]" = weakref.WeakKeyDictionary()
+_counters: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
 """Operations begun so far, by the Store they go through: a new process group counts from zero again."""
+
+
+def _next_number(store: Any) -> int:
+    number = _counters.get(store, 0)
+    _counters[store] = number + 1
+    return number
 
 
 class _SoloOperation:
@@ -128,10 +147,18 @@ class _SoloOperation:
     def __init__(self) -> None:
         self._said: dict[str, bytes] = {}
 
-    def agree(self, point: str, word: bytes | Exception) -> list[bytes]:  # noqa: ARG002 - the signature is Operation's
+    def agree(
+        self,
+        point: str,  # noqa: ARG002 - the signature is Operation's
+        word: bytes | Exception,
+        timeout: float | None = None,  # noqa: ARG002
+    ) -> list[bytes]:
         if isinstance(word, Exception):
             raise word
         return [word]
+
+    def fail(self, point: str, error: Exception) -> None:  # noqa: ARG002 - the signature is Operation's
+        return
 
     def post(self, point: str, word: bytes | Exception) -> None:
         if isinstance(word, Exception):
@@ -152,31 +179,37 @@ class _SoloOperation:
 
 
 class _StoreOperation:
-    """Words are keys of the Store: ``<operation>/<point>/<rank>``, and ``.../all`` for what rank 0 announces.
+    """Words are keys of the Store: ``<number>/<point>/<rank>``, and ``.../all`` for what rank 0 announces.
 
     Each rank removes its own key once rank 0 has answered, and the last to hear an answer removes that, so the Store
     does not grow with the number of saves.
     """
 
-    def __init__(self, store: Any, prefix: str, call: str, rank: int, world_size: int, timeout: float) -> None:
+    def __init__(self, store: WordStore, number: int, call: str, rank: int, world_size: int, timeout: float) -> None:
         self.rank = rank
         self.world_size = world_size
         self._store = store
-        self._prefix = prefix
+        self._number = number
         self._call = call
         self._timeout = timeout
+        self._joined = False
 
     def in_background(self, owner: object) -> "_StoreOperation":
-        store = _connection_of(owner, self._store)
-        return _StoreOperation(store, self._prefix, self._call, self.rank, self.world_size, self._timeout)
+        return _StoreOperation(
+            self._store.in_background(owner), self._number, self._call, self.rank, self.world_size, self._timeout
+        )
 
-    def agree(self, point: str, word: bytes | Exception) -> list[bytes]:
+    def agree(self, point: str, word: bytes | Exception, timeout: float | None = None) -> list[bytes]:
+        seconds = self._timeout if timeout is None else timeout
+        is_first, self._joined = not self._joined, True
+        if is_first:
+            self._catch_up(point)
         self.post(point, word)
         try:
             if self.rank != 0:
-                return msgspec.msgpack.decode(self.hear(point, self._timeout), type=list[bytes])
+                return msgspec.msgpack.decode(self.hear(point, seconds, give_back=is_first), type=list[bytes])
             try:
-                words = self.collect(point, self._timeout)
+                words = self.collect(point, seconds)
             except ShardckptError as error:
                 self.announce(point, error)
                 raise
@@ -188,16 +221,21 @@ class _StoreOperation:
                 raise word from None
             raise
 
+    def fail(self, point: str, error: Exception) -> None:
+        self.post(point, error)
+        if self.rank == 0:
+            self.announce(point, error)
+
     def post(self, point: str, word: bytes | Exception) -> None:
         said = self._encoded(word)
         if isinstance(word, Exception):
             # Rank 0 need not wait for the others to know how this ends.
-            self._ask("set", self._key(point, "failed"), said)
-        self._ask("set", self._key(point, self.rank), said)
+            self._store.set(self._key(point, "failed"), said)
+        self._store.set(self._key(point, self.rank), said)
 
     def announce(self, point: str, word: bytes | Exception) -> None:
-        self._ask("set", self._key(point, "all"), self._encoded(word))
-        self._ask("delete_key", self._key(point, self.rank))
+        self._store.set(self._key(point, "all"), self._encoded(word))
+        self._store.drop(self._key(point, self.rank))
 
     def collect(self, point: str, timeout: float) -> list[bytes]:
         keys = [self._key(point, rank) for rank in range(self.world_size)]
@@ -205,65 +243,81 @@ class _StoreOperation:
         deadline = time.monotonic() + timeout
         pause = _FIRST_PAUSE_SECONDS
         # Asking again and again, by one rank, lets a failure end the wait; `Store.wait` can only wait for all keys.
-        while not self._ask("check", keys):
-            if self._ask("check", [failed]):
-                word = msgspec.msgpack.decode(self._ask("get", failed), type=_Word)
-                self._ask("delete_key", failed)
+        while not self._store.has(*keys):
+            if self._store.has(failed):
+                word = self._get(failed)
+                self._store.drop(failed)
                 raise _error_from(word)
             if time.monotonic() > deadline:
-                silent = [f"rank {rank}" for rank, key in enumerate(keys) if not self._ask("check", [key])]
+                silent = tuple(rank for rank, key in enumerate(keys) if not self._store.has(key))
                 raise self._timed_out(silent, point, timeout)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-        words = [msgspec.msgpack.decode(word, type=_Word) for word in self._ask("multi_get", keys)]
+        words = [msgspec.msgpack.decode(value, type=_Word) for value in self._store.get_all(keys)]
         self._check_calls([word.call for word in words])
         for word in words:
             if word.error is not None:
-                self._ask("delete_key", failed)
+                self._store.drop(failed)
                 raise _error_from(word)
         return [word.payload for word in words]
 
-    def hear(self, point: str, timeout: float) -> bytes:
+    def hear(self, point: str, timeout: float, *, give_back: bool = False) -> bytes:
+        """See `Operation`. ``give_back``: if rank 0 stays silent, this rank has not made the call either."""
         key = self._key(point, "all")
-        try:
-            self._store.wait([key], datetime.timedelta(seconds=timeout + _GRACE_SECONDS))
-        except RuntimeError as error:
-            if not self._ask("check", [key]):
-                raise self._timed_out(["rank 0"], point, timeout + _GRACE_SECONDS) from error
-        word = msgspec.msgpack.decode(self._ask("get", key), type=_Word)
-        self._ask("delete_key", self._key(point, self.rank))
-        if self._ask("add", key + "/heard", 1) == self.world_size - 1:
-            self._ask("delete_key", key)
-            self._ask("delete_key", key + "/heard")
+        if not self._store.wait(key, timeout + _GRACE_SECONDS):
+            if give_back:
+                self._store.drop(self._key(point, self.rank))
+                if _counters.get(self._store.origin) == self._number + 1:
+                    _counters[self._store.origin] = self._number
+            raise self._timed_out((0,), point, timeout + _GRACE_SECONDS)
+        word = self._get(key)
+        self._store.drop(self._key(point, self.rank))
+        self._mark_heard(key)
         if word.error is not None:
             raise _error_from(word, announced=True)
         return word.payload
 
+    def _catch_up(self, point: str) -> None:
+        """Skip operations in which rank 0 gave this rank up: it has not made a call that the others made.
+
+        It would never be in step with them again otherwise.
+        """
+        while self.rank != 0 and self._store.has(key := self._key(point, "all")):
+            word = self._get(key)
+            if self.rank not in word.silent:
+                return
+            log.warning("rank %d goes on without a call that it has missed: %s", self.rank, word.message)
+            self._mark_heard(key)
+            self._number = _next_number(self._store.origin)
+
+    def _mark_heard(self, key: str) -> None:
+        if self._store.count(key + "/heard") == self.world_size - 1:
+            self._store.drop(key)
+            self._store.drop(key + "/heard")
+
     def _key(self, point: str, who: int | str) -> str:
-        return f"{self._prefix}/{point}/{who}"
+        return f"shardckpt/{self._number}/{point}/{who}"
+
+    def _get(self, key: str) -> _Word:
+        return msgspec.msgpack.decode(self._store.get(key), type=_Word)
 
     def _encoded(self, word: bytes | Exception) -> bytes:
-        if isinstance(word, Exception):
-            return msgspec.msgpack.encode(
-                _Word(self._call, self.rank, error=type(word).__name__, message=str(word) or repr(word))
-            )
-        return msgspec.msgpack.encode(_Word(self._call, self.rank, word))
+        if not isinstance(word, Exception):
+            return msgspec.msgpack.encode(_Word(self._call, self.rank, word))
+        silent = word.ranks if isinstance(word, RankTimeoutError) else ()
+        message = str(word) or repr(word)
+        return msgspec.msgpack.encode(
+            _Word(self._call, self.rank, error=type(word).__name__, message=message, silent=silent)
+        )
 
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
-            return getattr(self._store, method)(*arguments)
-        except RuntimeError as error:
-            raise RankTimeoutError(
-                f"lost contact with the process group's store during {self._call}: {error}. The process that hosts it,"
-                " usually rank 0's or the launcher's, has probably died."
-            ) from error
-
-    def _timed_out(self, silent: list[str], point: str, timeout: float) -> RankTimeoutError:
-        return RankTimeoutError(
+    def _timed_out(self, silent: tuple[int, ...], point: str, timeout: float) -> RankTimeoutError:
+        error = RankTimeoutError(
             f"{_listed(silent)} did not reach {self._call} (point {point!r}) within {timeout:.0f} s, while rank"
             f" {self.rank} waited there. Every rank must make this call; if all do, look at the silent rank's log for"
             " why it is slow or dead, or raise the timeout."
         )
+        error.ranks = silent
+        return error
 
     def _check_calls(self, calls: Sequence[str]) -> None:
         if len(set(calls)) > 1:
@@ -274,21 +328,8 @@ class _StoreOperation:
             )
 
 
-_connections: "weakref.WeakKeyDictionary[object, tuple[Any, Any]]" = weakref.WeakKeyDictionary()
-"""By owner: a Store, and the clone of it that the owner's background thread uses."""
-
-
-def _connection_of(owner: object, store: Any) -> Any:
-    """The connection of one background thread, made once: two threads that wait on one would wait for each other."""
-    known = _connections.get(owner)
-    if known is None or known[0]() is not store:
-        # The Store of an older torch has no clone; a background wait then keeps the foreground waiting.
-        clone = store.clone() if hasattr(store, "clone") else store
-        known = _connections[owner] = (weakref.ref(store), clone)
-    return known[1]
-
-
-def _listed(names: list[str]) -> str:
+def _listed(ranks: tuple[int, ...]) -> str:
+    names = [f"rank {rank}" for rank in ranks]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 

@@ -86,6 +86,9 @@ class ConflictingStateError(ShardckptError, ValueError):
 class RankTimeoutError(ShardckptError, TimeoutError):
     """One or more ranks did not answer within the timeout."""
 
+    ranks: tuple[int, ...] = ()
+    """Those that were waited for, where that is known."""
+
 
 class RemoteError(ShardckptError, RuntimeError):
     """Another rank met an error that is none of ours: out of memory, a bug in a ``state_dict`` hook."""

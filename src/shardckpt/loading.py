@@ -23,6 +23,7 @@ from shardckpt.errors import (
     UsageError,
 )
 from shardckpt.manifest import Manifest
+from shardckpt.options import Path
 from shardckpt.planner import Wanted
 from shardckpt.reader import ReadStats, Target, check_files, read_bytes, read_targets
 from shardckpt.reports import LoadReport
@@ -31,23 +32,28 @@ from shardckpt.state import Match, parameter_names
 from shardckpt.state.names import check_root
 from shardckpt.state.schema import check_skeleton
 from shardckpt.state.skeleton import child_node
-from shardckpt.storage import Storage
+from shardckpt.storage import Storage, open_storage
 
 MapLocation = Any
 """What ``torch.load`` takes: None, a device, a string, a dict of location tags, or a callable."""
 
 
 def read_manifest(
-    path: str, storage: Storage, storage_options: Mapping[str, Any] | None, operation: Operation
-) -> Manifest:
-    """Read the manifest once, on rank 0, and hand it to all: every rank restores one save."""
+    path: Path, storage_options: Mapping[str, Any], operation: Operation
+) -> tuple[str, Storage, Manifest]:
+    """Read the manifest once, on rank 0, and hand it to all: every rank restores one save.
+
+    Returns the path as text, the storage there, and the manifest.
+    """
     with turn(operation, "manifest") as said:
+        place = commit.checkpoint_path(path)
+        storage = open_storage(place, storage_options)
         if operation.rank == 0:
-            said.word = commit.read(path, storage, storage_options).data
+            said.word = commit.read(place, storage, storage_options).data
     where = f"{storage.url}/{filenames.MANIFEST}"
     manifest = mf.decode_manifest(said.heard[0], where)
     check_skeleton(manifest, where)
-    return manifest
+    return place, storage, manifest
 
 
 class OpenCheckpoint:
@@ -61,13 +67,18 @@ class OpenCheckpoint:
         *,
         pool: StagingPool,
         begin: Callable[[str], Operation],
+        patience: float,
     ) -> None:
-        """``pool`` is the memory to read through; ``begin`` starts an operation of all ranks, for `restore`."""
+        """``pool`` is the memory to read through; ``begin`` starts an operation of all ranks, for `restore`.
+
+        ``patience`` is how many seconds longer one rank may read than another.
+        """
         self.path = path
         self.manifest = manifest
         self.storage = storage
         self._pool = pool
         self._begin = begin
+        self._patience = patience
 
     def keys(self) -> list[Any]:
         """The top-level keys of the state."""
@@ -109,17 +120,17 @@ class OpenCheckpoint:
         Everything that can be known to fail is checked on every rank before any rank changes anything. Arguments and
         errors are those of `Checkpointer.load`.
         """
-        check_root(state)
         operation = self._begin(f"load({self.path!r})")
         started = time.monotonic()
         stats = ReadStats()
         with turn(operation, "match"):
+            check_root(state)
             match = self._match(parameter_names(state), map_location, strict=strict, convert_dtype=convert_dtype)
             place = match.match(state, self.manifest.state, "")
             match.differences.check(self.path, strict=strict)
             self._load_objects(match, map_location, weights_only)
             check_files(self.manifest, self.storage, [Wanted(t.fqn, box) for t in match.targets for box in t.boxes])
-        with turn(operation, "restore"):
+        with turn(operation, "restore", self._patience):
             try:
                 self._fill(match, convert_dtype=convert_dtype, stats=stats)
                 stats.placing = True

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from shardckpt.errors import UsageError
@@ -13,8 +14,34 @@ _DEFAULT_LEVEL: Final = 1
 """zstd's level where none is named: checkpoints are written often, and noise compresses no better at higher ones."""
 
 
+@dataclass(frozen=True)
+class SaveOptions:
+    """What a save takes and how it is stored; see `shardckpt.Checkpointer` for each."""
+
+    codec: tuple[str, int] | None
+    replicated: bool | tuple[str, ...]
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        compression: Compression,
+        replicated: bool | Sequence[str],
+        include: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+    ) -> "SaveOptions":
+        """From what a caller passes. Raises UsageError that names the option, as do the functions below."""
+        return cls(
+            codec(compression),
+            replicated if isinstance(replicated, bool) else patterns("replicated", replicated) or False,
+            patterns("include", include),
+            patterns("exclude", exclude),
+        )
+
+
 def codec(compression: Any) -> tuple[str, int] | None:
-    """The codec and its level, or None. Raises UsageError, as do the others."""
+    """The codec and its level, or None."""
     if compression is None:
         return None
     match (compression, _DEFAULT_LEVEL) if isinstance(compression, str) else compression:
@@ -45,8 +72,3 @@ def patterns(name: str, value: Any) -> tuple[str, ...] | None:
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(item, str) for item in value):
         raise UsageError(f"{name} takes a list of patterns, not {value!r}")
     return tuple(value)
-
-
-def replicated(value: Any) -> bool | tuple[str, ...]:
-    """``value``, if it is true, false or a list of strings."""
-    return value if isinstance(value, bool) else patterns("replicated", value) or False

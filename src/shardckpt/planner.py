@@ -154,10 +154,14 @@ def plan_save(
 
 
 def _views(held_by_rank: Sequence[Sequence[Held]]) -> list[_View]:
-    ranks_of: defaultdict[tuple[Held, ...], list[int]] = defaultdict(list)
+    same: defaultdict[int, list[int]] = defaultdict(list)
     for rank, held in enumerate(held_by_rank):
-        ranks_of[tuple(held)].append(rank)
-    return [_View(tuple(ranks), held) for held, ranks in ranks_of.items()]
+        same[id(held)].append(rank)
+    # Hashing a list of 20,000 takes milliseconds, and a thousand ranks may well pass the same object.
+    ranks_of: defaultdict[tuple[Held, ...], list[int]] = defaultdict(list)
+    for ranks in same.values():
+        ranks_of[tuple(held_by_rank[ranks[0]])].extend(ranks)
+    return [_View(tuple(sorted(ranks)), held) for held, ranks in ranks_of.items()]
 
 
 def _holding_ranks(key: tuple[int, ...], views: Sequence[_View]) -> list[tuple[int, int]]:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 import shardckpt
-from shardckpt import Checkpointer
+from shardckpt import Checkpointer, coordinator
+from shardckpt import checkpointer as module
 from states import TinyNet, digest_of, train
 
 
@@ -108,22 +109,72 @@ def different_paths(rank: int, path: str) -> None:
     Checkpointer(timeout=30).save({"t": torch.zeros(3)}, f"{path}-{rank}")
 
 
-def one_rank_only(rank: int, path: str) -> str:
-    """Rank 0 alone calls save: what it is told, what the other is told that comes too late, and that all go on then."""
+def missed_call(rank: int, path: str, caller: int) -> str:
+    """One rank alone calls save; what it is told. Then all call, and are in step again."""
     told = ""
-    if rank == 0:
+    if rank == caller:
+        coordinator._GRACE_SECONDS = 0.5  # type: ignore[misc]
         try:
             Checkpointer(timeout=1.0).save({"t": torch.zeros(3)}, path)
         except shardckpt.RankTimeoutError as error:
             told = str(error)
+        finally:
+            coordinator._GRACE_SECONDS = 20.0  # type: ignore[misc]
     dist.barrier()
-    if rank != 0:
-        try:
-            Checkpointer(timeout=30).save({"t": torch.zeros(3)}, path)
-        except shardckpt.RankTimeoutError as error:
-            told = str(error)
-    Checkpointer(timeout=30).save({"t": torch.zeros(3)}, path)
+    for value in range(3):
+        Checkpointer(timeout=30).save({"t": torch.full((3,), float(value))}, path)
+        assert shardckpt.load(path)["t"][0].item() == value
+        dist.barrier()
     return told
+
+
+def long_words(rank: int, path: str) -> int:
+    """Every rank describes more tensors than one value of the Store can hold."""
+    names = {f"a/rather/long/name/{i:06d}/{rank}/" + "x" * 400: torch.zeros(1) for i in range(12_000)}
+    operation = coordinator.begin("long", timeout=30)
+    heard = operation.agree("words", b"".join(name.encode() for name in names))
+    return sum(map(len, heard))
+
+
+def interrupted(rank: int, path: str) -> str:
+    """Ctrl-C on one rank while it stages: the other is told at once, and the process can go on."""
+    checkpointer = Checkpointer(timeout=30, commit_timeout=30)
+    if rank == 1:
+        original = module.stage
+        module.stage = _interrupt  # type: ignore[assignment]
+        try:
+            checkpointer.async_save({"w": torch.ones(4)}, path)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            module.stage = original
+    else:
+        checkpointer.async_save({"w": torch.ones(4)}, path)
+    try:
+        checkpointer.wait()
+    except shardckpt.SaveFailedError as error:
+        told = str(error)
+    else:
+        told = ""
+    checkpointer.save({"w": torch.ones(4)}, path)
+    return told
+
+
+def _interrupt(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def tied_dtensors(rank: int, path: str) -> bool:
+    """Tied parameters of which one rank holds no row."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    tensor = distribute_tensor(torch.arange(3.0).reshape(1, 3), init_device_mesh("cpu", (2,)), [Shard(0)])
+    shardckpt.save({"a": tensor, "b": tensor}, path)
+    dist.barrier()
+    saved = shardckpt.load(path)
+    dist.barrier()
+    return saved["a"] is saved["b"] and torch.equal(saved["a"], torch.arange(3.0).reshape(1, 3))
 
 
 NO_SPACE = shardckpt.StorageFullError("no space left on device")
@@ -140,7 +191,6 @@ def unserialisable_on_one(rank: int, path: str) -> None:
 
 def failing_background(rank: int, path: str, failing: int) -> dict[str, Any]:
     """One rank cannot write its shard: who is told what, and when."""
-    from shardckpt import checkpointer as module
     from storage.wrappers import FaultyStorage
 
     checkpointer = Checkpointer(timeout=30, commit_timeout=30)

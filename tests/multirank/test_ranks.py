@@ -111,11 +111,29 @@ def test_different_paths_are_told_apart(tmp_path):
         assert "ck-1" in failed.text
 
 
-def test_save_on_one_rank_only_is_an_error_not_a_hang(tmp_path):
-    """`if rank == 0: save(...)` is the commonest mistake; the message names the silent ranks and the remedy."""
-    for told in ranks.world(2).run(cases.one_rank_only, str(tmp_path / "ck")):
-        assert "rank 1 did not reach save(" in told
-        assert "Every rank must make this call" in told
+@pytest.mark.parametrize("caller", (0, 1))
+def test_save_on_one_rank_only_is_an_error_not_a_hang(tmp_path, caller):
+    """`if rank == 0: save(...)` is the commonest mistake: the message names who was silent, and later calls work."""
+    told = ranks.world(2).run(cases.missed_call, str(tmp_path / "ck"), caller)[caller]
+    assert f"rank {1 - caller} did not reach save(" in told
+    assert "Every rank must make this call" in told
+
+
+def test_words_of_any_length_cross_the_store(tmp_path):
+    """A TCPStore drops the job's own connection at a value past 8 MiB, so long ones go in parts."""
+    total = ranks.world(2).run(cases.long_words, str(tmp_path / "ck"))
+    assert total[0] == total[1] > 9 << 20
+
+
+def test_interrupt_while_staging_is_every_ranks_failure(tmp_path):
+    """Ctrl-C on one rank leaves no other waiting for the commit timeout."""
+    for told in ranks.world(2).run(cases.interrupted, str(tmp_path / "ck")):
+        assert "interrupted by KeyboardInterrupt" in told
+
+
+def test_tied_dtensors_with_an_empty_shard(tmp_path):
+    """A rank that holds nothing cannot see that two tensors are tied, and must not undo what the others saw."""
+    assert all(ranks.world(2).run(cases.tied_dtensors, str(tmp_path / "ck")))
 
 
 def test_unserialisable_value_on_one_rank(tmp_path):

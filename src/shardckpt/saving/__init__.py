@@ -1,6 +1,6 @@
 """One save, from a flattened state to the commit: what is said between ranks, and what the background does."""
 
-from shardckpt.saving.jobs import AliasJob, Job, Order, SaveJob, Times
+from shardckpt.saving.jobs import AliasJob, Job, Order, SaveJob
 from shardckpt.saving.structure import (
     Opening,
     Structure,
@@ -20,7 +20,6 @@ __all__ = [
     "Order",
     "SaveJob",
     "Structure",
-    "Times",
     "bytes_to_stage",
     "exchange",
     "may_share",

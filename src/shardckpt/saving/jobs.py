@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -22,14 +22,6 @@ from shardckpt.workers import THREADS, for_each
 from shardckpt.writer import ShardWriter
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Times:
-    """When a save was called, and how long its caller was kept once that is known; seconds of the monotonic clock."""
-
-    called: float
-    stall: list[float]
 
 
 def settle(
@@ -51,10 +43,17 @@ def settle(
     return verdict
 
 
-def failure(path: str, error: Exception) -> SaveFailedError:
-    """What a failed save raises: the cause, and what is still safe."""
+def failure(path: str, error: BaseException, *, unheard: bool = False) -> SaveFailedError:
+    """What a failed save raises: the cause, and what is still safe. ``unheard``: rank 0 may yet commit it."""
     if isinstance(error, UncertainCommitError):
         return error
+    if unheard:
+        uncertain = UncertainCommitError(
+            f"this rank never heard whether the save to {path} was committed, so it may have been; load it to see."
+            f" Checkpoints committed before it are intact. Cause: {error}"
+        )
+        uncertain.__cause__ = error
+        return uncertain
     reason = str(error) if isinstance(error, ShardckptError) else f"{type(error).__name__}: {error}"
     failed = SaveFailedError(
         f"the save to {path} failed and left no checkpoint behind. Checkpoints committed before it are intact. "
@@ -79,7 +78,8 @@ class Order:
     previous: bytes | None
     """On rank 0: the commit record that this save may replace."""
     commit_timeout: float
-    times: Times
+    called: float
+    """When the save was called, by the monotonic clock, in seconds."""
     owner: object
     """Of the background thread that runs the job."""
 
@@ -91,8 +91,8 @@ class Order:
             world_size=self.operation.world_size,
             nbytes=msgspec.msgpack.decode(verdict, type=int),
             rank_nbytes=rank_nbytes,
-            stall_seconds=self.times.stall[0] if self.times.stall else 0.0,
-            total_seconds=time.monotonic() - self.times.called,
+            stall_seconds=0.0,  # the pending save knows, once the call has returned
+            total_seconds=time.monotonic() - self.called,
             alias=alias,
         )
 
@@ -107,6 +107,15 @@ class Job:
     def run(self) -> None:
         """Do it, and resolve the pending save; never raises."""
         raise NotImplementedError
+
+    def _finish(self, report: SaveReport) -> None:
+        """Clear up what the checkpoint replaces, now that all ranks know of it, and resolve the pending save."""
+        order = self.order
+        if self.committed is not None:
+            commit.clean(order.storage, self.committed.save_id)
+        # A later save may share the shards, which takes none of these.
+        self.order = replace(order, skeleton=None, objects={})
+        order.pending.resolve(report)
 
     def is_there(self) -> bool:
         """Whether a committed checkpoint has not been removed since, as far as this rank has to say."""
@@ -126,7 +135,7 @@ class SaveJob(Job):
         """``writer`` may be what kept this rank from having one: that is for all ranks to know."""
         self.order = order
         self.committed = None
-        self._writer = writer
+        self._writer: ShardWriter | Exception | None = writer
 
     def run(self) -> None:
         order = self.order
@@ -139,6 +148,7 @@ class SaveJob(Job):
             word = msgspec.msgpack.encode(entry)
         except Exception as error:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
             word = error
+        self._writer = None  # and with it the tensors, which the caller may want to free
         try:
             verdict = settle(order.operation.in_background(order.owner), word, order.commit_timeout, self._conclude)
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
@@ -149,15 +159,17 @@ class SaveJob(Job):
                 ranks = range(order.operation.world_size) if rank == 0 else [rank]
                 commit.abandon(order.storage, order.pending.save_id, ranks)
             commit.end_lease(order.pending.save_id)
-            order.pending.resolve(failure(order.pending.path, word if isinstance(word, Exception) else error))
+            own = word if isinstance(word, Exception) else error
+            order.pending.resolve(failure(order.pending.path, own, unheard=unheard))
             return
-        order.pending.resolve(order.report(verdict, rank_nbytes=rank_nbytes, alias=False))
+        self._finish(order.report(verdict, rank_nbytes=rank_nbytes, alias=False))
 
     def _write(self) -> FileEntry:
         order = self.order
         rank, save_id = order.operation.rank, order.pending.save_id
         if isinstance(self._writer, Exception):
             raise self._writer
+        assert self._writer is not None, "a job runs once"
         if rank != 0 and not order.storage.list():
             # Rank 0 has left a marker there, but a network file system may be slow to show it.
             order.storage.prepare()
@@ -187,7 +199,6 @@ class SaveJob(Job):
         )
         commit.publish(order.storage, manifest, order.previous)
         self.committed = manifest
-        commit.clean(order.storage, manifest.save_id)
         return msgspec.msgpack.encode(sum(file.size for file in files))
 
 
@@ -214,7 +225,7 @@ class AliasJob(Job):
             commit.end_lease(order.pending.save_id)
             order.pending.resolve(failure(order.pending.path, error))
             return
-        order.pending.resolve(order.report(verdict, rank_nbytes=0, alias=True))
+        self._finish(order.report(verdict, rank_nbytes=0, alias=True))
 
     def _conclude(self, _: list[bytes]) -> bytes:
         order = self.order
@@ -233,7 +244,6 @@ class AliasJob(Job):
         )
         commit.publish(order.storage, manifest, order.previous)
         self.committed = manifest
-        commit.clean(order.storage, manifest.save_id)
         return msgspec.msgpack.encode(sum(file.size for file in manifest.files))
 
 

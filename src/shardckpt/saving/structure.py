@@ -1,11 +1,13 @@
-"""One save, from a flattened state to the commit: what is said between ranks, and what the background does."""
+"""What the ranks tell each other of their tensors before a save, and the plan that follows from it."""
 
 import logging
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import msgspec
+import zstandard
 
 from shardckpt.box import Box, relative_to, slices
 from shardckpt.codecs import ITEMSIZE, digest, digests_text
@@ -90,7 +92,8 @@ class Descriptions(NamedTuple):
 def exchange(operation: Operation, flat: Flattened) -> Descriptions:
     """Tell all ranks what this one holds, and hear the same of them. Identical descriptions cross the wire once."""
     with turn(operation, "describe") as digested:
-        body = msgspec.msgpack.encode(_describe(flat, operation.world_size))
+        # Names repeat their beginnings thousands of times, and every rank hears every distinct description.
+        body = zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(_describe(flat, operation.world_size)))
         digested.word = digests_text([digest(body)]).encode()
     is_first = digested.heard.index(digested.word) == operation.rank
     return Descriptions(digested.heard, operation.agree("structure", body if is_first else b""))
@@ -99,17 +102,20 @@ def exchange(operation: Operation, flat: Flattened) -> Descriptions:
 def plan(descriptions: Descriptions, openings: Sequence[Opening], rank: int) -> Structure:
     """What follows from what all ranks hold, the same on each; raises ConflictingStateError where they disagree."""
     digests = descriptions.digests
+    unpack = zstandard.ZstdDecompressor().decompress
     decoded = {
-        mark: msgspec.msgpack.decode(descriptions.bodies[digests.index(mark)], type=_WireStructure)
+        mark: msgspec.msgpack.decode(unpack(descriptions.bodies[digests.index(mark)]), type=_WireStructure)
         for mark in dict.fromkeys(digests)
     }
-    held = {mark: _held(structure) for mark, structure in decoded.items()}
+    tied = {alias for structure in decoded.values() for alias in structure.aliases}
+    held = {mark: _held(structure, tied) for mark, structure in decoded.items()}
     plans = plan_save([held[mark] for mark in digests], ITEMSIZE)
     heads: dict[str, TensorHead] = {}
     aliases: dict[str, str] = {}
     for structure in decoded.values():
         for tensor in structure.tensors:
-            heads.setdefault(tensor.fqn, TensorHead(tensor.dtype, tensor.shape, tensor.location))
+            if not _only_tied(tensor, tied):
+                heads.setdefault(tensor.fqn, TensorHead(tensor.dtype, tensor.shape, tensor.location))
         aliases.update(structure.aliases)
     if rank == 0:
         _hint(plans, digests, decoded)
@@ -138,11 +144,17 @@ def _describe(flat: Flattened, world_size: int) -> _WireStructure:
     return _WireStructure(tensors, flat.aliases)
 
 
-def _held(structure: _WireStructure) -> tuple[Held, ...]:
+def _held(structure: _WireStructure, tied: AbstractSet[str]) -> tuple[Held, ...]:
     return tuple(
         Held(tensor.fqn, tensor.shape, tensor.dtype, tuple(Box(*box) for box in tensor.boxes), tensor.split)
         for tensor in structure.tensors
+        if not _only_tied(tensor, tied)
     )
+
+
+def _only_tied(tensor: _WireTensor, tied: AbstractSet[str]) -> bool:
+    """Whether a rank that holds nothing of a tensor could not see that it is tied to another, as other ranks did."""
+    return tensor.fqn in tied and not tensor.boxes
 
 
 def _hint(plans: Sequence[ShardPlan], digests: Sequence[bytes], decoded: dict[bytes, _WireStructure]) -> None:
