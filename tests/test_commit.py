@@ -1,5 +1,6 @@
 """The commit protocol: what any crash leaves, who wins, and what may be deleted."""
 
+import gc
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -491,11 +493,11 @@ def test_what_another_rank_spoils_is_taken_back(tmp_path, monkeypatch):
     solo = coordinator._SoloOperation
     agree = solo.agree
 
-    def late(self: Any, point: str, word: bytes | Exception) -> list[bytes]:
+    def late(self: Any, point: str, word: bytes | Exception, timeout: float | None = None) -> list[bytes]:
         if point == "place":
             assert files(tmp_path / "ck")
             raise shardckpt.RankTimeoutError("rank 1 did not come")
-        return agree(self, point, word)
+        return agree(self, point, word, timeout)
 
     monkeypatch.setattr(solo, "agree", late)
     with pytest.raises(shardckpt.RankTimeoutError):
@@ -752,3 +754,32 @@ def test_a_process_that_ends_with_an_upload_in_flight_still_commits(s3_place):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert torch.equal(shardckpt.load(path)["w"], torch.arange(3_000_000.0))
+
+
+def test_a_queued_removal_is_not_overtaken_by_a_shared_save(tmp_path):
+    """A save that shares shards does not wait for the queue, unless the queue removes what it replaces."""
+    checkpointer = Checkpointer()
+    first, second = tmp_path / "a", tmp_path / "b"
+    checkpointer.save(state(0), second)
+    checkpointer.async_save(state(1), first, state_version=1)
+    checkpointer.remove(second)
+    checkpointer.async_save(state(1), second, state_version=1).result(60)
+    assert found(first) == found(second) == 1
+
+
+def test_calls_with_other_options_wait_for_each_other(tmp_path):
+    """The functions share one Checkpointer, so a load sees the save before it, whatever its options."""
+    shardckpt.save(state(0), tmp_path / "ck")
+    shardckpt.async_save(state(1), tmp_path / "ck", compression="zstd")
+    assert found(tmp_path / "ck") == 1
+
+
+def test_a_finished_save_keeps_no_tensor_alive(tmp_path):
+    """On a GPU, `del model; torch.cuda.empty_cache()` must free the model, also after it has been saved."""
+    checkpointer = Checkpointer()
+    tensor = torch.ones(1000)
+    alive = weakref.ref(tensor.untyped_storage())
+    checkpointer.async_save({"t": tensor}, tmp_path / "ck").result(60)
+    del tensor
+    gc.collect()
+    assert alive() is None

@@ -76,7 +76,8 @@ class Checkpointer:
         self._pool = StagingPool()
         self._background = Background()
         self._last: Job | None = None
-        self._pending: list[PendingSave] = []
+        self._jobs: list[Job] = []
+        self._to_remove: list[str] = []
         self._version: Hashable | None = None
         self._structure: Structure | None = None
 
@@ -134,10 +135,10 @@ class Checkpointer:
         operation = self._begin(f"save({os.fspath(path)!r})")
         with turn(operation, "open") as opening:
             place = commit.checkpoint_path(path)
-            may_alias = state_version is not None and state_version == self._version and self._can_share(place)
+            storage = open_storage(place, self._options(storage_options))
+            may_alias = state_version is not None and state_version == self._version and self._can_share(storage.url)
             if not may_alias:
                 self._drain()
-            storage = open_storage(place, self._options(storage_options))
             flat = _flatten(state, chosen)
             known = self._structure.key if self._structure is not None else ""
             opening.word = msgspec.msgpack.encode(Opening(flat.structure, flat.outline, known, may_alias))
@@ -161,7 +162,7 @@ class Checkpointer:
                 save_id = commit.new_save_id()
                 # What compression makes of it is known when it is done.
                 needed = structure.nbytes if source is None and chosen.codec is None else 0
-                previous = commit.open_place(storage, save_id, needed)
+                previous = commit.open_place(storage, save_id, needed, shares=source.shards_of if source else None)
                 placing.word = save_id.encode()
                 placing.undo = lambda: commit.abandon(storage, save_id, [0])
         pending = PendingSave(place, placing.heard[0].decode())
@@ -188,12 +189,13 @@ class Checkpointer:
         pending.mark_returned(time.monotonic() - called)
         return pending
 
-    def _can_share(self, place: str) -> bool:
-        """Whether the shards of the last save are there, or still to come, and no save to ``place`` is in flight.
+    def _can_share(self, url: str) -> bool:
+        """Whether the shards of the last save are there, or still to come, and nothing that is queued changes ``url``.
 
-        What a save replaces has to be committed before it begins.
+        What a save replaces has to be there, or gone, before it begins.
         """
-        if self._last is None or any(pending.path == place and not pending.done() for pending in self._pending):
+        changing = [job.order.storage.url for job in self._jobs if not job.order.pending.done()]
+        if self._last is None or url in changing or url in self._to_remove:
             return False
         pending = self._last.order.pending
         return not pending.done() or (pending.succeeded() and self._last.is_there())
@@ -212,7 +214,7 @@ class Checkpointer:
         except Exception as error:  # noqa: BLE001 - the others are under way: this rank has to join them and say so
             job = SaveJob(order, error)
             job.run()
-            self._pending.append(order.pending)
+            self._jobs.append(job)
             return job
         try:
             stage(sources, self._pool, limit=memory, first_block_offset=writer.first_block_offset, emit=writer.emit)
@@ -228,7 +230,7 @@ class Checkpointer:
 
     def _submit(self, job: Job) -> None:
         self._background.submit(job.run)
-        self._pending.append(job.order.pending)
+        self._jobs.append(job)
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
@@ -306,7 +308,7 @@ class Checkpointer:
         storage = open_storage(commit.checkpoint_path(path), self._options(storage_options))
         if self._last is not None and self._last.order.storage.url == storage.url:
             self._version = None  # nothing will be left to share
-        waiting_for = [pending for pending in self._pending if not pending.told]
+        waiting_for = [job.order.pending for job in self._jobs if not job.order.pending.told]
         if not self._background.busy and all(pending.succeeded() for pending in waiting_for):
             commit.remove(storage)
             return
@@ -320,6 +322,7 @@ class Checkpointer:
             except ShardckptError as error:
                 log.warning("could not remove %s: %s", storage.url, error)
 
+        self._to_remove.append(storage.url)
         self._background.submit(job)
 
     def prepare(self, state: Any) -> None:
@@ -353,8 +356,9 @@ class Checkpointer:
 
     def _drain(self) -> None:
         self._background.wait()
-        failures = [error for pending in self._pending if (error := pending.unreported_error()) is not None]
-        self._pending.clear()
+        failures = [error for job in self._jobs if (error := job.order.pending.unreported_error()) is not None]
+        self._jobs.clear()
+        self._to_remove.clear()
         if failures:
             raise failures[0]
 

@@ -32,8 +32,9 @@ _MARKER_BYTES: Final = 1 << 16
 class Lease:
     """The marker of one save, renewed by a thread until `release`."""
 
-    def __init__(self, storage: Storage, save_id: str) -> None:
+    def __init__(self, storage: Storage, save_id: str, shares: str | None) -> None:
         self._storage = storage
+        self._shares = shares
         self._name = filenames.marker_name(save_id)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="shardckpt-lease", daemon=True)
@@ -46,7 +47,7 @@ class Lease:
         self._thread.join()
 
     def _say(self) -> None:
-        marker = {"machine": _machine(), "pid": os.getpid()}
+        marker = {"machine": _machine(), "pid": os.getpid(), "shares": self._shares}
         self._storage.put(self._name, f"{json.dumps(marker)}\n".encode(), replace=True)
 
     def _renew(self) -> None:
@@ -61,9 +62,12 @@ _leases: dict[str, Lease] = {}
 """Of the saves that this process leads, by save id."""
 
 
-def take_lease(storage: Storage, save_id: str) -> None:
-    """Mark a save as alive until `end_lease`, which `clean` and `abandon` call too."""
-    _leases[save_id] = Lease(storage, save_id)
+def take_lease(storage: Storage, save_id: str, shares: str | None) -> None:
+    """Mark a save as alive until `end_lease`, which `clean` and `abandon` call too.
+
+    With it goes the save ``shares``, if any, whose files it links into the place.
+    """
+    _leases[save_id] = Lease(storage, save_id, shares)
 
 
 def end_lease(save_id: str) -> None:
@@ -139,7 +143,11 @@ def _rubbish(storage: Storage, listed: Sequence[Stat], own: str | None = None) -
     markers = {filenames.save_id_of(stat.name): stat for stat in listed if filenames.is_marker(stat.name)}
     # The storage's own clock, where it shows one: our marker was renewed a moment ago.
     now = (markers[own].modified if own in markers else None) or time.time()
-    alive = {save_id for save_id, stat in markers.items() if save_id != own and _is_alive(storage, stat, save_id, now)}
+    alive: set[str | None] = set()
+    for save_id, stat in markers.items():
+        said = _read_marker(storage, stat.name)
+        if save_id != own and _is_alive(said, stat, save_id, now):
+            alive |= {save_id, said.get("shares")} - {None}
     return [
         stat.name
         for stat in listed
@@ -149,12 +157,13 @@ def _rubbish(storage: Storage, listed: Sequence[Stat], own: str | None = None) -
     ]
 
 
-def _is_alive(storage: Storage, marker: Stat, save_id: str | None, now: float) -> bool:
+def _is_alive(said: dict[str, Any], marker: Stat, save_id: str | None, now: float) -> bool:
     """Whether the save that left a marker still runs, as far as can be told; in doubt it does."""
-    said = _read_marker(storage, marker.name)
+    is_fresh = marker.modified is None or now - marker.modified <= LEASE_SECONDS
     if said.get("machine") == _machine() and type(pid := said.get("pid")) is int:
-        return save_id in _leases if pid == os.getpid() else _runs(pid)
-    return marker.modified is None or now - marker.modified <= LEASE_SECONDS
+        # The number of a process that has died may be another's by now, so it alone does not keep files for ever.
+        return save_id in _leases if pid == os.getpid() else is_fresh and _runs(pid)
+    return is_fresh
 
 
 def _read_marker(storage: Storage, name: str) -> dict[str, Any]:
@@ -162,7 +171,9 @@ def _read_marker(storage: Storage, name: str) -> dict[str, Any]:
         said = json.loads(storage.get(name, limit=_MARKER_BYTES))
     except (ShardckptError, ValueError, RecursionError):
         return {}
-    return said if isinstance(said, dict) else {}
+    if not isinstance(said, dict) or not isinstance(said.get("shares"), (str, type(None))):
+        return {}
+    return said
 
 
 def _runs(pid: int) -> bool:

@@ -54,11 +54,12 @@ class TensorHead(NamedTuple):
     location: str
 
 
-def open_place(storage: Storage, save_id: str, nbytes: int) -> bytes | None:
+def open_place(storage: Storage, save_id: str, nbytes: int, *, shares: str | None = None) -> bytes | None:
     """Rank 0, before the first byte: make the place ready and leave a marker there; returns the record to be replaced.
 
     The marker makes the path exist at once, which callers that look right after saving rely on. Raises StorageFullError
-    where the disk cannot hold ``nbytes`` more; an error leaves nothing behind.
+    where the disk cannot hold ``nbytes`` more; an error leaves nothing behind. ``shares`` is the id of another save
+    whose shards will be linked here.
     """
     free = storage.free_bytes()
     if free is not None and free < nbytes:
@@ -70,7 +71,7 @@ def open_place(storage: Storage, save_id: str, nbytes: int) -> bytes | None:
     try:
         storage.prepare()
         previous = find_bytes(storage)
-        take_lease(storage, save_id)
+        take_lease(storage, save_id, shares)
     except BaseException:
         with suppress(ShardckptError):
             storage.remove_place()
@@ -146,9 +147,13 @@ def now() -> str:
 
 
 def writer_versions() -> dict[str, str]:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {"shardckpt": version("shardckpt"), "torch": str(torch.__version__), "python": platform.python_version()}
+    try:
+        ours = version("shardckpt")
+    except PackageNotFoundError:  # used from a source tree that was never installed
+        ours = "unknown"
+    return {"shardckpt": ours, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def publish(storage: Storage, manifest: Manifest, previous: bytes | None) -> None:

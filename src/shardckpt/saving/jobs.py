@@ -103,6 +103,8 @@ class Job:
     order: Order
     committed: Manifest | None
     """On rank 0, once it is."""
+    shards_of: str
+    """The id of the save that wrote the shards."""
 
     def run(self) -> None:
         """Do it, and resolve the pending save; never raises."""
@@ -135,6 +137,7 @@ class SaveJob(Job):
         """``writer`` may be what kept this rank from having one: that is for all ranks to know."""
         self.order = order
         self.committed = None
+        self.shards_of = order.pending.save_id
         self._writer: ShardWriter | Exception | None = writer
 
     def run(self) -> None:
@@ -208,6 +211,7 @@ class AliasJob(Job):
     def __init__(self, order: Order, source: Job) -> None:
         self.order = order
         self.committed = None
+        self.shards_of = source.shards_of
         self._source = source
         self._linked: list[str] = []
 
