@@ -30,7 +30,7 @@ usage() { sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; 
 STORAGE=${STORAGE:-local}
 while [[ $# -gt 0 ]]; do
   case $1 in
-    --storage) STORAGE=${2:?--storage takes local or s3}; shift 2 ;;
+    --storage) STORAGE=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
     --storage=*) STORAGE=${1#*=}; shift ;;
     -h | --help) usage; exit 0 ;;
     -*) echo "unknown option $1; options of your own script go after its name" >&2; usage >&2; exit 2 ;;
@@ -39,6 +39,10 @@ while [[ $# -gt 0 ]]; do
 done
 if [[ $STORAGE != local && $STORAGE != s3 ]]; then
   echo "the storage is local or s3, not '$STORAGE'" >&2
+  exit 2
+fi
+if [[ $# -gt 0 && $STORAGE != local ]]; then
+  echo "--storage is for the demonstration: your own script names the place of its checkpoints itself" >&2
   exit 2
 fi
 if [[ $# -gt 0 && ! -f $1 ]]; then

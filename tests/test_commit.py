@@ -407,11 +407,11 @@ class LostAnswer(WrapperStorage):
         if self.lost and self.silent:
             raise BROKEN
 
-    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:
         if name != "manifest.json":
-            return super().put(name, data, replace=replace)
+            return super().put(name, data, replace=replace, durable=durable)
         if self.lands:
-            super().put(name, data, replace=replace)
+            super().put(name, data, replace=replace, durable=durable)
         self.lost = True
         raise BROKEN
 

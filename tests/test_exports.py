@@ -38,6 +38,7 @@ ERRORS = [
     "StorageAccessError",
     "StorageError",
     "StorageFullError",
+    "TensorNotFoundError",
     "UncertainCommitError",
     "UnsafeLoadError",
     "UnserialisableError",

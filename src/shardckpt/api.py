@@ -92,6 +92,6 @@ def read_tensor(
 ) -> torch.Tensor:
     """One tensor of a checkpoint by its fully qualified name, whole, on this process alone.
 
-    Raises KeyError that names similar tensors where the checkpoint has none of that name.
+    Raises TensorNotFoundError, which names similar ones, where the checkpoint has none of that name.
     """
     return _engine().open(path, storage_options=storage_options).read_tensor(name, map_location=map_location)

@@ -6,6 +6,7 @@
     ├── UsageError (ValueError)                      fix the call
     │   └── UnserialisableError (TypeError)          take the object out of the state, or make it picklable
     ├── CheckpointNotFoundError (FileNotFoundError)  look at the path; the message names what lies beside it
+    ├── TensorNotFoundError (KeyError)               no tensor of that name; the message has similar ones
     ├── StateMismatchError (ValueError)              checkpoint and live state differ; nothing was changed
     ├── UnsafeLoadError                              pickled objects: trust the file, or load without them
     ├── CorruptCheckpointError                       the bytes are not what was written; use another checkpoint
@@ -41,6 +42,12 @@ class UnserialisableError(UsageError, TypeError):
 
 class CheckpointNotFoundError(ShardckptError, FileNotFoundError):
     """No complete checkpoint lies at the path."""
+
+
+class TensorNotFoundError(ShardckptError, KeyError):
+    """The checkpoint has no tensor of that name."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message as a key, in quotes
 
 
 class StateMismatchError(ShardckptError, ValueError):

@@ -19,6 +19,7 @@ from shardckpt.errors import (
     LoadFailedError,
     ObjectNotFoundError,
     ShardckptError,
+    TensorNotFoundError,
     UnsafeLoadError,
     UsageError,
 )
@@ -151,11 +152,13 @@ class OpenCheckpoint:
         )
 
     def read_tensor(self, name: str, *, map_location: MapLocation = None) -> Tensor:
-        """One tensor by its name, whole, on this process alone; KeyError with similar names where there is none."""
+        """One tensor by its name, whole, on this process alone; TensorNotFoundError where there is none."""
         if self.manifest.resolve(name) is None:
-            near = difflib.get_close_matches(name, [*self.manifest.tensors, *self.manifest.aliases], n=3)
+            names = [*self.manifest.tensors, *self.manifest.aliases]
+            tail = ".".join(name.split(".")[-2:])
+            near = difflib.get_close_matches(name, names, n=3) or [other for other in names if other.endswith(tail)][:3]
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise KeyError(f"{self.path} has no tensor {name!r}.{hint}")
+            raise TensorNotFoundError(f"{self.path} has no tensor {name!r}.{hint}")
         match = self._match({}, map_location, strict=True, convert_dtype=False)
         tensor = match.new({"$tensor": name}, name)
         self._fill_new(match)
@@ -206,7 +209,6 @@ class OpenCheckpoint:
                 raise UnsafeLoadError(
                     f"{self.path} holds a pickled object at {path!r}, and weights_only forbids to load it: unpickling"
                     " runs code. If you trust whoever wrote it, pass weights_only=False. Nothing was changed."
-                    f" ({_first_line(error)})"
                 ) from error
             except (AttributeError, ImportError) as error:
                 raise LoadFailedError(

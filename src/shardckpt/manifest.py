@@ -120,6 +120,8 @@ class Manifest(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     format: str = FORMAT
     version: int = VERSION
+    requires: list[str] = []
+    """Features of v1 that a reader must know to read this right; those that came after it was first written."""
     save_id: str
     created: str
     """UTC, ISO 8601."""
@@ -134,6 +136,8 @@ class Manifest(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         _check_format(self.format, self.version)
+        if self.requires:
+            raise UnsupportedFormatError(f"it requires {self.requires}, which this shardckpt lacks. Upgrade shardckpt.")
 
     def resolve(self, fqn: str) -> TensorEntry | None:
         """The entry of a tensor, through its alias; None where the checkpoint lacks it."""
@@ -150,7 +154,8 @@ def encode(manifest: Manifest | RankManifest) -> bytes:
     lines = []
     for field in msgspec.structs.fields(type(manifest)):
         value = getattr(manifest, field.name)
-        if not ((value is None and field.default is None) or (value == {} and field.default_factory is dict)):
+        absent: Any = {} if field.default_factory is dict else [] if field.default_factory is list else None
+        if value != absent or field.required:
             lines.append(f' "{field.name}": {_rows(value)}')
     text = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
     return text if len(text) <= COMPRESS_ABOVE else zstandard.ZstdCompressor(level=3).compress(text)

@@ -54,9 +54,9 @@ class _SilentAtCommit(WrapperStorage):
         if self.silent:
             raise BROKEN
 
-    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:
         if name != "manifest.json" or self.lands:
-            super().put(name, data, replace=replace)
+            super().put(name, data, replace=replace, durable=durable)
         if name == "manifest.json":
             self.silent = True
             raise BROKEN

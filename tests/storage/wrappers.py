@@ -23,9 +23,9 @@ class WrapperStorage:
         self.called("create", name, size_hint)
         return WrapperWriter(self, name, self.inner.create(name, size_hint))
 
-    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:
         self.called("put", name, len(data))
-        self.inner.put(name, data, replace=replace)
+        self.inner.put(name, data, replace=replace, durable=durable)
 
     def get(self, name: str, *, limit: int = GET_LIMIT) -> bytes:
         self.called("get", name, 0)

@@ -48,7 +48,8 @@ class Lease:
 
     def _say(self) -> None:
         marker = {"machine": _machine(), "pid": os.getpid(), "shares": self._shares}
-        self._storage.put(self._name, f"{json.dumps(marker)}\n".encode(), replace=True)
+        # After a crash of the machine nobody is alive, so nobody needs the marker: training need not wait for the disk.
+        self._storage.put(self._name, f"{json.dumps(marker)}\n".encode(), replace=True, durable=False)
 
     def _renew(self) -> None:
         while not self._over.wait(RENEW_SECONDS):

@@ -84,11 +84,14 @@ def _why_not(path: str, storage: Storage) -> str:
 
 
 def _beside(path: str, storage_options: Mapping[str, Any] | None) -> str:
-    try:
-        newest = latest(split(path)[0], storage_options)
-    except ShardckptError:  # the hint is a courtesy; the error itself is what matters
-        return ""
-    return "" if newest is None else f" The newest complete checkpoint beside it is {newest}."
+    for where, root in (("in", path), ("beside", split(path)[0])):
+        try:
+            newest = latest(root, storage_options)
+        except ShardckptError:  # the hint is a courtesy; the error itself is what matters
+            continue
+        if newest is not None:
+            return f" The newest complete checkpoint {where} it is {newest}."
+    return ""
 
 
 def latest(root: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> str | None:

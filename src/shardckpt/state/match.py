@@ -49,7 +49,7 @@ class Differences:
             raise StateMismatchError(
                 f"the checkpoint {where} does not match the live state, and nothing has been changed:\n"
                 + "\n".join(lines)
-                + "\nPass strict=False to restore what matches and report the rest."
+                + "\nPass strict=False (a LightningModule: strict_loading) to restore what matches and report the rest."
             )
 
 

@@ -82,10 +82,11 @@ class Storage(Protocol):
             StorageAccessError: the place may not be written.
         """
 
-    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:
         """Store a small object atomically and durably: readers see the old one or the new one, nothing between.
 
-        With ``replace=False`` exactly one of several concurrent callers succeeds.
+        With ``replace=False`` exactly one of several concurrent callers succeeds. With ``durable=False`` a crash of
+        the machine may lose it, which saves the time to make sure that it does not.
 
         Raises:
             ObjectExistsError: ``replace`` is False and the object exists; nothing was changed.

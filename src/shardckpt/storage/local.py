@@ -51,14 +51,15 @@ class LocalStorage:
     def create(self, name: str, size_hint: int) -> ObjectWriter:
         return LocalWriter(self.path_of(name), size_hint)
 
-    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:
         path = self.path_of(name)
-        with translating("write", path), self._written_aside(data) as (aside, descriptor):
+        with translating("write", path), self._written_aside(data, durable=durable) as (aside, descriptor):
             if replace:
                 os.replace(aside, path)
             else:
                 _link_new(aside, descriptor, path)
-            posix.sync_directory(self._directory)
+            if durable:
+                posix.sync_directory(self._directory)
 
     def get(self, name: str, *, limit: int = GET_LIMIT) -> bytes:
         path = self.path_of(name)
@@ -113,7 +114,7 @@ class LocalStorage:
         with translating("make the directory", self.url):
             _make_directories(self._directory)
         # Asking for permission bits would not do: root ignores them, network file systems have rules of their own.
-        with translating("write a file into", self.url), self._written_aside(b""):
+        with translating("write a file into", self.url), self._written_aside(b"", durable=False):
             pass
 
     def remove_place(self) -> None:
@@ -167,13 +168,14 @@ class LocalStorage:
             return []
 
     @contextmanager
-    def _written_aside(self, data: bytes) -> Iterator[tuple[str, int]]:
-        """Write ``data`` durably to a file of another name in the directory; remove that name at the end."""
+    def _written_aside(self, data: bytes, *, durable: bool) -> Iterator[tuple[str, int]]:
+        """Write ``data`` to a file of another name in the directory; remove that name at the end."""
         aside = os.path.join(self._directory, TEMP_PREFIX + token_hex(8))
         descriptor = posix.open_new(aside)
         try:
             posix.write_fully(descriptor, memoryview(data), 0)
-            posix.sync_file(descriptor)
+            if durable:
+                posix.sync_file(descriptor)
             yield aside, descriptor
         finally:
             os.close(descriptor)

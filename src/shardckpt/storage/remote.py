@@ -42,7 +42,7 @@ class RemoteStorage:
     def create(self, name: str, size_hint: int) -> ObjectWriter:  # noqa: ARG002 - fsspec reserves nothing
         return RemoteWriter(self, name)
 
-    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:  # noqa: ARG002 - a put is durable
         path = self.path_of(name)
         with self.translating("write", name):
             if replace:

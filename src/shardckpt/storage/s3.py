@@ -45,7 +45,7 @@ class S3Storage(RemoteStorage):
     def create(self, name: str, size_hint: int) -> ObjectWriter:
         return S3Writer(self, name, size_hint)
 
-    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:  # noqa: ARG002 - a put is durable
         with self.translating("write", name):
             condition = {} if replace else {"IfNoneMatch": "*"}
             if condition and not self._knows_conditions():
