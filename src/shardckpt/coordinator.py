@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _GRACE_SECONDS: Final = 20.0
 """How much longer the other ranks wait than rank 0, so that they hear from it who was missing."""
 
-_FIRST_PAUSE_SECONDS: Final = 0.0005
+_FIRST_PAUSE_SECONDS: Final = 0.0002
 _LONGEST_PAUSE_SECONDS: Final = 0.05
 
 
@@ -252,7 +252,7 @@ class _StoreOperation:
                 silent = tuple(rank for rank, key in enumerate(keys) if not self._store.has(key))
                 raise self._timed_out(silent, point, timeout)
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            pause = min(1.25 * pause, _LONGEST_PAUSE_SECONDS)
         words = [msgspec.msgpack.decode(value, type=_Word) for value in self._store.get_all(keys)]
         self._check_calls([word.call for word in words])
         for word in words:

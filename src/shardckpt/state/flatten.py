@@ -18,20 +18,12 @@ from shardckpt.errors import UnserialisableError, UsageError
 from shardckpt.state import names, values
 from shardckpt.state.leaves import LocalTensor, is_raw_tensor, is_uninitialised, local_tensor, memory_key
 from shardckpt.state.selection import Selection, matches
-from shardckpt.state.skeleton import MAX_DEPTH
+from shardckpt.state.skeleton import MAX_DEPTH, SPARSE_PARTS
 
 Json = Any
 
 _LEFT_OUT: Final = object()
 """In place of a node: nothing of the value is selected."""
-
-_SPARSE_PARTS: Final = {
-    torch.sparse_coo: ("_indices", "_values"),
-    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
-    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
-}
 
 
 @dataclass(slots=True)
@@ -181,7 +173,7 @@ class _Flattener:
             raise UnserialisableError(
                 f"parameter {path!r} is lazy and has no shape yet; run the module once before saving."
             )
-        if value.layout in _SPARSE_PARTS and not value.is_quantized and not value.is_nested:
+        if _layout(value) in SPARSE_PARTS and not value.is_quantized and not value.is_nested:
             return self._sparse(value, path, split)
         if not is_raw_tensor(value):
             return self._object(value, path)
@@ -207,14 +199,16 @@ class _Flattener:
         return names.unique(path, lambda name: name in found.tensors or name in found.aliases or name in found.objects)
 
     def _sparse(self, value: Tensor, path: str, split: bool) -> Json:
+        layout = _layout(value)
+        is_coo = value.layout is torch.sparse_coo
+        # The public accessors of a COO tensor refuse one that is not coalesced.
         parts = {
-            part.strip("_"): self._tensor(
-                getattr(value.detach(), part)(), names.child_path(path, part.strip("_")), split
+            part: self._tensor(
+                getattr(value.detach(), f"_{part}" if is_coo else part)(), names.child_path(path, part), split
             )
-            for part in _SPARSE_PARTS[value.layout]
+            for part in SPARSE_PARTS[layout]
         }
-        layout = str(value.layout).removeprefix("torch.")
-        coalesced = value.layout is torch.sparse_coo and value.is_coalesced()
+        coalesced = is_coo and value.is_coalesced()
         return {"$sparse": {"layout": layout, "size": list(value.shape), "coalesced": coalesced, "parts": parts}}
 
     def _ndarray(self, value: Any, path: str, split: bool) -> Json:
@@ -325,3 +319,7 @@ def _module_versions(state_dict: Mapping[str, Any]) -> dict[str, int]:
     """The versions that modules' own loading code asks for (BatchNorm's does), where they are not the usual 1."""
     versions = {name: entry.get("version") for name, entry in (getattr(state_dict, "_metadata", None) or {}).items()}
     return {name: version for name, version in versions.items() if type(version) is int and version != 1}
+
+
+def _layout(value: Tensor) -> str:
+    return str(value.layout).removeprefix("torch.")

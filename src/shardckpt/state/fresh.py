@@ -1,7 +1,7 @@
 """New values: what stands in a checkpoint and has no live counterpart, made from the skeleton."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,7 +105,7 @@ class Maker:
             made = {key: self.new(value, names.child_path(path, key), room) for key, value in saved.items()}
 
             def fill() -> Any:
-                empty = _state_dict(argument["versions"]) if tag == "$module" else values.empty_dict_of(node)
+                empty = _state_dict(argument["versions"], made) if tag == "$module" else values.empty_dict_of(node)
                 for key, thunk in made.items():  # a Counter's own update would add
                     empty[key] = thunk()
                 return empty
@@ -150,11 +150,15 @@ class Maker:
         return self._made[fqn, where]
 
 
-def _state_dict(versions: Mapping[str, int]) -> dict[str, Any]:
-    """An empty state dict of a module, with the versions that modules' loading code asks for."""
+def _state_dict(versions: Mapping[str, int], keys: Iterable[str]) -> dict[str, Any]:
+    """An empty state dict of a module, with the versions that modules' loading code asks for; the usual one is 1.
+
+    ``keys`` are what it is to hold, which tells of the modules that have that version.
+    """
+    modules = {key.rpartition(".")[0] for key in keys} | versions.keys()
     state_dict: dict[str, Any] = OrderedDict()
     state_dict._metadata = {  # type: ignore[attr-defined]  # noqa: SLF001 - torch passes them this way
-        name: {"version": version} for name, version in versions.items()
+        name: {"version": versions.get(name, 1)} for name in modules
     }
     return state_dict
 

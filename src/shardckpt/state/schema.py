@@ -10,21 +10,13 @@ from typing import Any, Final
 from shardckpt.errors import CorruptCheckpointError
 from shardckpt.manifest import Manifest
 from shardckpt.state import values
+from shardckpt.state.skeleton import SPARSE_PARTS
 
 Json = Any
 
 MAX_DEPTH: Final = 200
 """Containers in one another. Restoring recurses, and Python stops at 1,000 frames, of which the caller has some; what
 `flatten` writes is not half as deep."""
-
-SPARSE_PARTS: Final = {
-    "sparse_coo": {"indices", "values"},
-    "sparse_csr": {"crow_indices", "col_indices", "values"},
-    "sparse_bsr": {"crow_indices", "col_indices", "values"},
-    "sparse_csc": {"ccol_indices", "row_indices", "values"},
-    "sparse_bsc": {"ccol_indices", "row_indices", "values"},
-}
-"""The parts that a sparse tensor of each layout is stored as."""
 
 Child = tuple[str, Json]
 """The path of a node, for messages, and the node."""
@@ -149,7 +141,7 @@ def _optimizer(_: Manifest, path: str, node: Json) -> list[Child]:
 
 def _sparse(_: Manifest, path: str, node: Json) -> list[Child]:
     parts = node["parts"]
-    _require(SPARSE_PARTS[node["layout"]] == parts.keys(), "its parts are not those of its layout")
+    _require(set(SPARSE_PARTS[node["layout"]]) == parts.keys(), "its parts are not those of its layout")
     _require(all(values.tag_of(part) == "$tensor" for part in parts.values()), "a part is no tensor")
     _require(all(type(n) is int and 0 <= n < 1 << 63 for n in node["size"]), "its size is impossible")
     _require(type(node["coalesced"]) is bool, "coalesced is neither true nor false")

@@ -1,11 +1,19 @@
 """Questions about a saved skeleton that need no live state."""
 
-from collections.abc import Iterator
 from typing import Any, Final
 
 from shardckpt.state import values
 
 Json = Any
+
+SPARSE_PARTS: Final = {
+    "sparse_coo": ("indices", "values"),
+    "sparse_csr": ("crow_indices", "col_indices", "values"),
+    "sparse_bsr": ("crow_indices", "col_indices", "values"),
+    "sparse_csc": ("ccol_indices", "row_indices", "values"),
+    "sparse_bsc": ("ccol_indices", "row_indices", "values"),
+}
+"""The parts that a sparse tensor of each layout is stored as."""
 
 MAX_DEPTH: Final = 100
 """Containers within containers: deeper states are refused, so that walking over one never ends in a RecursionError."""
@@ -49,19 +57,6 @@ def contains_tensor(node: Json) -> bool:
     if isinstance(node, dict):
         return any(key in ("$tensor", "$sparse", "$ndarray") or contains_tensor(value) for key, value in node.items())
     return isinstance(node, list) and any(contains_tensor(item) for item in node)
-
-
-def object_paths(node: Json) -> Iterator[str]:
-    """The paths of the pickled objects in a node."""
-    if isinstance(node, dict):
-        if values.tag_of(node) == "$object":
-            yield node["$object"]
-        else:
-            for value in node.values():
-                yield from object_paths(value)
-    elif isinstance(node, list):
-        for item in node:
-            yield from object_paths(item)
 
 
 def merge(first: Json, second: Json) -> Json:
