@@ -239,6 +239,44 @@ def alone() -> Any:
     return message, time.monotonic() - started
 
 
+def touched_on_one_rank() -> Any:
+    """Hooks that run on rank 0 alone look at the model's and the optimizers' state; the others do not."""
+
+    class Looking(L.callbacks.Callback):  # type: ignore[misc]
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            if RANK == 0:
+                assert len(checkpoint["state_dict"]) > 0
+                assert len(checkpoint["optimizer_states"][0]) > 0
+
+    path = FOLDER / "written" / f"by-{WORLD}.ckpt"
+    return fit(FOLDER / "touched", callbacks=[Looking()], ckpt_path=path, max_epochs=2).record.start
+
+
+def options_of_a_call() -> Any:
+    """The storage options of one call, as every rank remembers them for that path."""
+    trainer = ddp(FOLDER / "options")
+    trainer.fit(Toy(), data())
+    path = FOLDER / "options" / "a.ckpt"
+    trainer.save_checkpoint(path, storage_options={"auto_mkdir": True})
+    return trainer.strategy.checkpoint_io.options_for(str(path))
+
+
+def failing_wait() -> Any:
+    """One rank alone is told of a failed save as it begins to load."""
+    io = ShardedCheckpointIO(timeout=20)
+    if RANK == 1:
+
+        def wait() -> None:
+            raise shardckpt.SaveFailedError("the one before")
+
+        io.wait = wait  # type: ignore[method-assign]
+    try:
+        ddp(FOLDER, plugins=[io], max_epochs=2).fit(Toy(), data(), ckpt_path=FOLDER / "written" / f"by-{WORLD}.ckpt")
+    except shardckpt.ShardckptError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
 CASES: dict[str, Callable[[], Any]] = {
     case.__name__: case
     for case in (
@@ -255,6 +293,9 @@ CASES: dict[str, Callable[[], Any]] = {
         missing,
         on_s3,
         unbound,
+        touched_on_one_rank,
+        options_of_a_call,
+        failing_wait,
         alone,
     )
 }

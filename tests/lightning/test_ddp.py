@@ -28,7 +28,8 @@ def two(folder: Path, s3_server: S3Server, s3_client: Any) -> ddp_job.Outcomes:
     pytest.importorskip("lightning")
     s3_client.create_bucket(Bucket="lightning-ddp")
     cases = ["even_parts", "uninterrupted", "write", "other_names", "rank_zeros_word", "evaluate", "missing", "on_s3"]
-    cases += ["zero_redundancy", "failing_rank", "failing_at_the_end", "unbound", "alone"]
+    cases += ["zero_redundancy", "failing_rank", "failing_at_the_end", "unbound"]
+    cases += ["touched_on_one_rank", "options_of_a_call", "failing_wait", "alone"]
     environment = s3_server.environment | {"TEST_S3_URL": "s3://lightning-ddp/run"}
     return ddp_job.run(2, "lightning.pytorch", folder, cases, environment=environment, seconds=180)
 
@@ -129,6 +130,22 @@ def test_a_failing_rank_is_everyones_error(two: ddp_job.Outcomes) -> None:
         assert complete == ["epoch=0.ckpt"]
     assert "rank 1" in two.of("failing_rank")[0][0]
     assert all("no room on this node" in message for message in two.of("failing_at_the_end"))
+
+
+def test_a_hook_on_one_rank_does_not_part_the_ranks(two: ddp_job.Outcomes) -> None:
+    """What a ``rank_zero_only`` hook looked at is loaded by all ranks in one way, and to the same bits."""
+    assert two.of("touched_on_one_rank") == [two.of("write")[0]] * 2
+
+
+def test_every_rank_knows_the_options_of_a_call(two: ddp_job.Outcomes) -> None:
+    """A checkpoint saved with storage options of its own is found again by whichever rank looks for it."""
+    assert two.of("options_of_a_call") == [{"auto_mkdir": True}] * 2
+
+
+def test_a_failure_that_one_rank_is_told_of_is_everyones(two: ddp_job.Outcomes) -> None:
+    """A failed save that surfaces on one rank as a load begins ends the load on all, in bounded time."""
+    assert all(message.startswith("SaveFailedError") for message in two.of("failing_wait"))
+    assert all("the one before" in message for message in two.of("failing_wait"))
 
 
 @pytest.mark.s3

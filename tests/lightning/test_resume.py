@@ -371,3 +371,129 @@ def test_the_learning_rate_finder_restores(tmp_path: Path, lightning: Any, Toy: 
     assert len(finder.results["lr"]) > 2
     assert {name: toy.digest(value) for name, value in model.state_dict().items()} == before
     assert toy.complete(tmp_path) == set()
+
+
+def test_another_optimizer_is_refused_as_torch_does(saved: Path, lightning: Any, Toy: Any) -> None:
+    """An optimizer with other param groups than the saved one's is an error, as in stock Lightning, and no guess."""
+
+    class Other(Toy):  # type: ignore[misc, valid-type]
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="parameter group"):
+        toy.trainer(lightning, saved.parent, max_epochs=2).fit(Other(), toy.loader(), ckpt_path=saved)
+
+
+def test_no_shape_differs_even_if_names_may(saved: Path, lightning: Any, Toy: Any) -> None:
+    """``strict_loading=False`` lets names differ, never shapes: training would go on from random weights unsaid."""
+    model = Toy(width=25)
+    model.strict_loading = False
+    before = {name: toy.digest(tensor) for name, tensor in model.state_dict().items()}
+    with pytest.raises(StateMismatchError, match=r"size mismatch(.|\n)*net\.0\.weight"):
+        toy.trainer(lightning, saved.parent).validate(model, toy.loader(32), ckpt_path=saved)
+    assert {name: toy.digest(tensor) for name, tensor in model.state_dict().items()} == before
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_versions_of_modules_survive_a_hook(version: int, tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """A module that converts what older versions of it saved is told the version, whoever looked at the dict before."""
+
+    class Converting(nn.Module):
+        _version = version
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+            if metadata.get("version") is None or metadata["version"] < version:
+                state_dict[prefix + "w"] = state_dict[prefix + "w"] * 100
+            super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+
+    class Versioned(Toy):  # type: ignore[misc, valid-type]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.old = Converting()
+
+    class Looking(lightning.callbacks.Callback):  # type: ignore[misc]
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            assert "old.w" in checkpoint["state_dict"]
+
+    class Own(Versioned):
+        def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+
+    run = toy.trainer(lightning, tmp_path, max_epochs=1)
+    run.fit(Versioned(), toy.loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    for model, callbacks in ((Versioned(), [Looking()]), (Own(), [])):
+        with torch.no_grad():
+            model.old.w.zero_()
+        toy.trainer(lightning, tmp_path, callbacks=callbacks).validate(
+            model, toy.loader(32), ckpt_path=tmp_path / "a.ckpt"
+        )
+        assert model.old.w.tolist() == [1, 1, 1]
+    assert Versioned.load_from_checkpoint(tmp_path / "a.ckpt").old.w.tolist() == [1, 1, 1]
+    io, model = ShardedCheckpointIO(), Versioned()
+    io.save_checkpoint(model.state_dict(), tmp_path / "raw.ckpt")
+    model.load_state_dict(io.load_checkpoint(tmp_path / "raw.ckpt"))
+    assert model.old.w.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("left", ["half", "nothing"])
+def test_an_ordinary_file_whose_replacement_was_cut_short(left: str, tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """A job that dies while an ordinary ``last.ckpt`` is being replaced is resumed from that, not from scratch."""
+    options = {"checkpoint": {"save_last": True, "filename": "a"}, "max_epochs": 1}
+    toy.trainer(lightning, tmp_path, plugins=[], **options).fit(Toy(), toy.loader())
+    (tmp_path / "a.ckpt").unlink()
+    last = tmp_path / "last.ckpt"
+    last.rename(tmp_path / "kept")
+    if left == "half":
+        run = toy.trainer(lightning, tmp_path, max_epochs=1)
+        run.fit(Toy(), toy.loader())
+        run.save_checkpoint(last)
+        (last / "manifest.json").unlink()
+    (tmp_path / "kept").rename(tmp_path / "last.ckpt.replaced")
+    loaded = ShardedCheckpointIO().load_checkpoint(last)
+    assert loaded is not None
+    assert loaded["global_step"] == 12
+    again = toy.trainer(lightning, tmp_path, **options | {"max_epochs": 2})
+    record = toy.recorder(lightning)
+    again.callbacks.append(record)
+    again.fit(Toy(), toy.loader(), ckpt_path="last")
+    assert record.position == (1, 12)
+    assert "last.ckpt" in toy.complete(tmp_path)
+    assert not list(tmp_path.glob("*.replaced"))
+
+
+def test_slurm_takes_no_half_checkpoint(tmp_path: Path, lightning: Any, Toy: Any, monkeypatch: Any) -> None:
+    """A requeued job whose newest ``hpc_ckpt`` was cut short resumes from the newest complete one."""
+    first = toy.trainer(lightning, tmp_path, max_epochs=1)
+    first.fit(Toy(), toy.loader())
+    for number in (1, 2):
+        first.save_checkpoint(tmp_path / f"hpc_ckpt_{number}.ckpt")
+    (tmp_path / "hpc_ckpt_2.ckpt" / "manifest.json").unlink()
+    again = toy.trainer(lightning, tmp_path, max_epochs=2)
+    again.fit(Toy(), toy.loader(), ckpt_path="hpc")
+    assert again.ckpt_path == str(tmp_path / "hpc_ckpt_1.ckpt")
+
+
+def test_a_hook_may_save_optimizers_in_a_dict(tmp_path: Path, lightning: Any, Toy: Any) -> None:
+    """``optimizer_states`` that a hook keyed by itself comes back as it was, for its counterpart to undo."""
+    seen = []
+
+    class Keyed(Toy):  # type: ignore[misc, valid-type]
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["optimizer_states"] = dict(enumerate(checkpoint["optimizer_states"]))
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            seen.append(type(checkpoint["optimizer_states"]))
+            checkpoint["optimizer_states"] = list(checkpoint["optimizer_states"].values())
+
+    first, second = (toy.recorder(lightning) for _ in range(2))
+    run = toy.trainer(lightning, tmp_path, checkpoint={"filename": "a"}, callbacks=[first], max_epochs=1)
+    run.fit(Keyed(), toy.loader())
+    again = toy.trainer(lightning, tmp_path, callbacks=[second], max_epochs=2)
+    again.fit(Keyed(), toy.loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert seen == [dict]
+    assert second.start == first.end

@@ -103,3 +103,12 @@ def wrap(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Any]) ->
         wrapped = wrapper(stock)
         wrapped._shardckpt_wraps = stock
         setattr(owner, name, wrapped)
+
+
+def wrap_property(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Any]) -> None:
+    """As `wrap`, for a property that cannot be set."""
+    stock = vars(owner)[name].fget
+    if not hasattr(stock, "_shardckpt_wraps"):
+        wrapped = wrapper(stock)
+        wrapped._shardckpt_wraps = stock
+        setattr(owner, name, property(wrapped))

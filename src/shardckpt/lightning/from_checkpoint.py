@@ -24,11 +24,20 @@ def install() -> None:
 
 def _dispatching(stock: Callable[..., Any]) -> Callable[..., Any]:
     def pl_load(path_or_url: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        _settle()
         if _is_sharded(path_or_url):
             return _load(checkpoint_path(path_or_url), map_location, weights_only)
         return stock(path_or_url, map_location=map_location, weights_only=weights_only)
 
     return pl_load
+
+
+def _settle() -> None:
+    """Wait for what Trainers of this process are still writing: a hook may ask for what was saved a moment ago."""
+    from shardckpt.lightning.plugin import living  # which imports this module, to have it installed
+
+    for plugin in list(living):
+        plugin.settle()
 
 
 def _is_sharded(path: Any) -> bool:

@@ -6,8 +6,12 @@ has touched it by the second phase, the part is read straight into the live tens
 it was a plain dict from then on.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from typing import Any
+
+from shardckpt.state.skeleton import MAX_DEPTH
 
 
 class LazyDict(dict[Any, Any]):
@@ -33,6 +37,15 @@ class LazyDict(dict[Any, Any]):
             contents = self._read()
             self._read = None
             dict.update(self, contents)
+            if hasattr(contents, "_metadata"):
+                self._metadata = contents._metadata
+
+    def __getattr__(self, name: str) -> Any:
+        # `Module.load_state_dict` asks for the modules' versions before it looks at the tensors.
+        if name != "_metadata" or not self.is_untouched:
+            raise AttributeError(name)
+        self._fill()
+        return getattr(self, name)
 
     def __getitem__(self, key: Any) -> Any:
         self._fill()
@@ -90,8 +103,9 @@ class LazyDict(dict[Any, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles are plain dicts: they hold contents, not the way to get them.
-        self._fill()
-        return (dict, (dict(self),))
+        # Made empty and filled afterwards, which is the form that torch.load takes with weights_only.
+        plain = self.copy()
+        return (OrderedDict, (), vars(plain) if hasattr(plain, "_metadata") else None, None, iter(plain.items()))
 
     def __copy__(self) -> dict[Any, Any]:
         return self.copy()
@@ -130,8 +144,30 @@ class LazyDict(dict[Any, Any]):
 
     def copy(self) -> dict[Any, Any]:
         self._fill()
-        return dict(self)
+        if "_metadata" not in vars(self):
+            return dict(self)
+        plain: dict[Any, Any] = OrderedDict(self)
+        plain._metadata = self._metadata  # type: ignore[attr-defined]
+        return plain
 
     def clear(self) -> None:
         self._read = None
         super().clear()
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """``value`` with a plain dict in the place of every `LazyDict` in it; what holds none is itself."""
+    if isinstance(value, LazyDict):
+        value = value.copy()
+    if depth > MAX_DEPTH:  # the engine refuses what goes deeper, or contains itself, and says so
+        return value
+    if type(value) in (dict, OrderedDict):
+        items = {key: plain(item, depth + 1) for key, item in value.items()}
+        if any(items[key] is not item for key, item in value.items()):
+            value = copy(value)
+            value.update(items)
+    elif type(value) in (list, tuple):
+        elements = [plain(item, depth + 1) for item in value]
+        if any(new is not old for new, old in zip(elements, value, strict=True)):
+            return type(value)(elements)
+    return value

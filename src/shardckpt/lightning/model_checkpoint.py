@@ -5,15 +5,16 @@ starts from scratch with a warning (https://github.com/Lightning-AI/pytorch-ligh
 ``last.ckpt`` for a checkpoint, even if the job died while writing it. And on remote storage its retention deletes the
 checkpoint that the run was resumed from (https://github.com/Lightning-AI/pytorch-lightning/issues/21813).
 
-Three functions of Lightning's are wrapped for that. Trainers without the plugin get what they got before.
+Some functions of Lightning's are wrapped for that. Trainers without the plugin get what they got before.
 """
 
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
 
@@ -23,7 +24,13 @@ from shardckpt.filenames import MANIFEST
 from shardckpt.lightning import flavours, ordinary
 from shardckpt.storage import join, local_path, open_storage, split
 
+if TYPE_CHECKING:
+    from shardckpt.lightning.plugin import ShardedCheckpointIO
+
 log = logging.getLogger(__name__)
+
+Options = Mapping[str, Any]
+"""Storage options: the plugin's own, and those of the call that saved."""
 
 
 def install() -> None:
@@ -32,47 +39,88 @@ def install() -> None:
         model_checkpoint = flavours.attribute(flavour, "callbacks", "ModelCheckpoint")
         flavours.wrap(model_checkpoint, "_find_last_checkpoints", _finding)
         flavours.wrap(model_checkpoint, "_should_remove_checkpoint", _sparing)
+        flavours.wrap(model_checkpoint, "_save_topk_checkpoint", _first)
+        flavours.wrap(model_checkpoint, "_save_last_checkpoint", _second)
+        connector = flavours.attribute(flavour, "trainer.connectors.checkpoint_connector", "_CheckpointConnector")
+        flavours.wrap_property(connector, "_hpc_resume_path", _requeued)
         flavours.wrap(flavour.module("trainer.connectors.checkpoint_connector"), "get_filesystem", _dating)
 
 
-def forget_listing(path: str) -> None:
+def forget_listing(path: str, storage_options: Options | None = None) -> None:
     """Have fsspec's cached listings show what was just written to a remote path: Lightning looks at once."""
     if local_path(path) is None:
-        filesystem, inner = url_to_fs(path)
+        filesystem, inner = url_to_fs(path, **(storage_options or {}))
         filesystem.invalidate_cache(filesystem._parent(inner))
 
 
-def _has_plugin(trainer: Any) -> bool:
+def _plugin_of(trainer: Any) -> "ShardedCheckpointIO | None":
     from shardckpt.lightning.plugin import ShardedCheckpointIO  # which imports this module, to have it installed
 
     plugin = trainer.strategy.checkpoint_io
-    return isinstance(plugin, ShardedCheckpointIO) or isinstance(
-        getattr(plugin, "checkpoint_io", None), ShardedCheckpointIO
-    )
+    candidates = (plugin, getattr(plugin, "checkpoint_io", None))
+    return next((found for found in candidates if isinstance(found, ShardedCheckpointIO)), None)
+
+
+def _first(stock: Callable[..., None]) -> Callable[..., None]:
+    def _save_topk_checkpoint(self: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        plugin = _plugin_of(trainer) if self.save_last else None
+        with nullcontext() if plugin is None else plugin.twins.first(self):
+            stock(self, trainer, *args, **kwargs)
+
+    return _save_topk_checkpoint
+
+
+def _second(stock: Callable[..., None]) -> Callable[..., None]:
+    def _save_last_checkpoint(self: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        plugin = _plugin_of(trainer)
+        with nullcontext() if plugin is None else plugin.twins.second(self):
+            stock(self, trainer, *args, **kwargs)
+
+    return _save_last_checkpoint
+
+
+def _requeued(stock: Callable[..., str | None]) -> Callable[..., str | None]:
+    def _hpc_resume_path(self: Any) -> str | None:
+        found = stock(self)
+        plugin = _plugin_of(self.trainer)
+        return found if found is None or plugin is None else _complete(found, plugin.options_for(found))
+
+    return _hpc_resume_path
 
 
 def _finding(stock: Callable[..., set[str]]) -> Callable[..., set[str]]:
     def _find_last_checkpoints(self: Any, trainer: Any) -> set[str]:
-        if not _has_plugin(trainer):
+        plugin = _plugin_of(trainer)
+        if plugin is None:
             return stock(self, trainer)
         folder = str(self._ModelCheckpoint__resolve_ckpt_dir(trainer))
+        options = plugin.options_for(folder)
+        last = re.compile(rf"^{re.escape(self.CHECKPOINT_NAME_LAST)}(-(\d+))?")
         if local_path(folder) is not None:
-            return {whole for found in stock(self, trainer) if (whole := _complete(found)) is not None}
-        pattern = re.compile(rf"^{re.escape(self.CHECKPOINT_NAME_LAST)}(-(\d+))?")
-        names = [PurePosixPath(name) for name in open_storage(folder).children()]
-        lasts = [join(folder, str(n)) for n in names if n.suffix == self.FILE_EXTENSION and pattern.match(n.stem)]
-        found = {join(whole, MANIFEST) for path in lasts if (whole := _complete(path)) is not None}
+            asides = [PurePosixPath(name) for name in ordinary.stepped_aside(folder)]
+            candidates = stock(self, trainer) | {
+                str(n) for n in asides if n.suffix == self.FILE_EXTENSION and last.match(n.stem)
+            }
+            return {whole for path in candidates if (whole := _complete(path, options)) is not None}
+        names = [PurePosixPath(name) for name in open_storage(folder, options).children()]
+        lasts = [join(folder, str(n)) for n in names if n.suffix == self.FILE_EXTENSION and last.match(n.stem)]
+        found = {join(whole, MANIFEST) for path in lasts if (whole := _complete(path, options)) is not None}
         return found or stock(self, trainer)
 
     return _find_last_checkpoints
 
 
-def _complete(path: str) -> str | None:
-    """``path``, unless it is a sharded checkpoint that was never completed: then the newest complete one beside it."""
+def _complete(path: str, options: Options) -> str | None:
+    """``path``, unless it is a sharded checkpoint that was never completed.
+
+    Then the ordinary file that it was to replace, if there is one, else the newest complete checkpoint beside it.
+    """
+    if (standing := ordinary.standing(path, options)) != path:
+        return standing
     dangling = os.path.islink(path) and not os.path.exists(path)
-    if not dangling and (is_checkpoint(path) or not ordinary.is_ours(path, None)):
+    if not dangling and (is_checkpoint(path, options) or not ordinary.is_ours(path, options)):
         return path
-    newest = latest(split(path)[0])
+    newest = latest(split(path)[0], options)
     if newest is None:
         log.warning("%s is not complete: its save was cut short, and no complete checkpoint lies beside it", path)
     else:
@@ -83,7 +131,7 @@ def _complete(path: str) -> str | None:
 def _sparing(stock: Callable[..., bool]) -> Callable[..., bool]:
     def _should_remove_checkpoint(self: Any, trainer: Any, previous: str, current: str) -> bool:
         resumed_from = trainer.ckpt_path
-        if resumed_from is not None and local_path(previous) is None and _has_plugin(trainer):
+        if resumed_from is not None and local_path(previous) is None and _plugin_of(trainer) is not None:
             spared = checkpoint_path(resumed_from).rstrip("/") == checkpoint_path(previous).rstrip("/")
             return not spared and stock(self, trainer, previous, current)
         return stock(self, trainer, previous, current)
@@ -93,11 +141,17 @@ def _sparing(stock: Callable[..., bool]) -> Callable[..., bool]:
 
 def _dating(stock: Callable[..., Any]) -> Callable[..., Any]:
     def get_filesystem(path: Any, **kwargs: Any) -> Any:
-        filesystem = stock(path, **kwargs)
-        try:
-            return _Dates(filesystem) if ordinary.is_ours(str(path), None) else filesystem
-        except ShardckptError:  # what is wrong with the path is for Lightning to say, which looks at it next
-            return filesystem
+        from shardckpt.lightning.plugin import living  # which imports this module, to have it installed
+
+        # Nothing says here for which Trainer it is asked.
+        known = [plugin.options_for(str(path)) for plugin in list(living)]
+        for options in [{}, *(options for options in known if options)]:
+            try:
+                if ordinary.is_ours(str(path), options):
+                    return _Dates(str(path), options)
+            except (ShardckptError, OSError):  # what is wrong with the path is for Lightning to say, asked last
+                continue
+        return stock(path, **kwargs)
 
     return get_filesystem
 
@@ -105,11 +159,12 @@ def _dating(stock: Callable[..., Any]) -> Callable[..., Any]:
 class _Dates:
     """What "last" asks a file system, answered by the manifest: a prefix has no date, and half a checkpoint is none."""
 
-    def __init__(self, filesystem: Any) -> None:
-        self._filesystem = filesystem
+    def __init__(self, path: str, options: Options) -> None:
+        self._filesystem = url_to_fs(path, **options)[0]
+        self._options = options
 
     def exists(self, path: Any) -> bool:
-        return is_checkpoint(str(path))
+        return is_checkpoint(str(path), self._options)
 
     def modified(self, path: Any) -> Any:
         return self._filesystem.modified(join(checkpoint_path(str(path)), MANIFEST))

@@ -4,11 +4,14 @@ A user who adds the plugin to a project has such files already. They are loaded 
 one that lies where a sharded checkpoint is to be written steps aside until that is complete.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Final
 
+import fsspec
+import torch
 from fsspec.core import url_to_fs
 
 from shardckpt.background import PendingSave
@@ -39,19 +42,46 @@ def is_ours(path: str, storage_options: Mapping[str, Any] | None) -> bool:
     return any(is_checkpoint_file(stat.name) for stat in open_storage(checkpoint_path(path), storage_options).list())
 
 
-def load(path: str, map_location: Any, weights_only: bool | None) -> Any:
+def standing(path: str, storage_options: Mapping[str, Any] | None) -> str:
+    """``path``, or the ordinary file that stepped aside for a checkpoint there that was never completed."""
+    local = _local(path)
+    if local is None or os.path.isfile(local) or not os.path.isfile(local + ASIDE):
+        return path
+    if is_checkpoint(path, storage_options):
+        return path
+    log.warning("%s is not complete: its save was cut short. Taking what it was to replace, %s", path, local + ASIDE)
+    return local + ASIDE
+
+
+def stepped_aside(folder: str) -> list[str]:
+    """The paths in a local folder whose ordinary files stepped aside, by a job that has not put things right."""
+    local = _local(folder)
+    if local is None or not os.path.isdir(local):
+        return []
+    return [os.path.join(local, name.removesuffix(ASIDE)) for name in os.listdir(local) if name.endswith(ASIDE)]
+
+
+def load(
+    path: str, map_location: Any, weights_only: bool | None, storage_options: Mapping[str, Any] | None = None
+) -> Any:
     """What Lightning's own ``TorchCheckpointIO`` loads from ``path``; raises what it raises."""
+    if storage_options and _local(path) is None:
+        # Lightning's opens every file system without options. Given no location, it maps tensors to the CPU too.
+        with fsspec.open(path, "rb", **storage_options) as file:
+            return torch.load(
+                file, map_location="cpu" if map_location is None else map_location, weights_only=weights_only
+            )
     torch_io = flavours.main().fabric_module("plugins.io.torch_io").TorchCheckpointIO()
     options = {} if map_location is None else {"map_location": map_location}
     return torch_io.load_checkpoint(path, weights_only=weights_only, **options)
 
 
-def remove(path: str) -> None:
+def remove(path: str, storage_options: Mapping[str, Any] | None = None) -> None:
     """Remove an ordinary file or directory; one that is missing is fine. A symbolic link goes, never its target."""
     if is_link(path):
         os.unlink(_local(path) or path)
         return
-    filesystem, inner = url_to_fs(path)
+    filesystem, inner = url_to_fs(path, **(storage_options or {}))
     if filesystem.exists(inner):
         filesystem.rm(inner, recursive=True)
         log.debug("removed %s", path)
@@ -70,7 +100,12 @@ class Displaced:
     def make_way(self, path: str) -> None:
         """Rename an ordinary file at ``path``, if there is one, so that a directory can be made there."""
         local = _local(path)
-        if local is not None and os.path.isfile(local) and not os.path.islink(local):
+        if local is None or os.path.islink(local):
+            return
+        if not os.path.isfile(local):
+            if os.path.isfile(local + ASIDE):  # left by a job that died: to be deleted as if it had just been renamed
+                self._new.append(local)
+        else:
             os.replace(local, local + ASIDE)
             self._new.append(local)
             log.info("%s is an ordinary file: kept as %s%s until the checkpoint is complete", path, local, ASIDE)
@@ -87,10 +122,11 @@ class Displaced:
         self._waiting = [(path, save) for path, save in self._waiting if not save.done()]
         self._new = []
         for path in over:
-            if is_checkpoint(path):
-                os.unlink(path + ASIDE)
-            elif not os.path.lexists(path):
-                os.replace(path + ASIDE, path)
+            with contextlib.suppress(FileNotFoundError):  # two saves in a row to one path, and the first saw to it
+                if is_checkpoint(path):
+                    os.unlink(path + ASIDE)
+                elif not os.path.lexists(path):
+                    os.replace(path + ASIDE, path)
 
 
 def _local(path: str) -> str | None:

@@ -8,9 +8,9 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from torch import nn
@@ -22,7 +22,9 @@ from shardckpt.checkpointer import Checkpointer
 from shardckpt.commit import checkpoint_path
 from shardckpt.errors import SaveFailedError, UsageError
 from shardckpt.lightning import agreement, flavours, from_checkpoint, model_checkpoint, ordinary, restore
-from shardckpt.lightning.snapshot import Layout, Produced, fingerprint, layout_of, share_of, split_off
+from shardckpt.lightning.lazy import plain
+from shardckpt.lightning.sharing import Running, Twins
+from shardckpt.lightning.snapshot import Layout, layout_of, share_of, split_off
 from shardckpt.storage import local_path
 
 if TYPE_CHECKING:
@@ -31,18 +33,6 @@ else:
     _CheckpointIO = flavours.main().checkpoint_io()
 
 log = logging.getLogger(__name__)
-
-
-class Running(NamedTuple):
-    """What the binding knows of the run that a checkpoint is saved in."""
-
-    produced: Produced
-    asynchronous: bool
-    """Whether training goes on afterwards, so that the save may finish beside it."""
-    position: Hashable
-    """How far training is."""
-    replicas_agree: bool
-    """Whether parameters are equal on all ranks, so that each may write a part of them."""
 
 
 class _Destination(msgspec.Struct):
@@ -80,6 +70,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         self._quiet = False
         self._warned = False
         self._latest: PendingSave | None = None
+        self.twins = Twins()
         self._written: dict[str, Mapping[str, Any] | None] = {}
         self._displaced = ordinary.Displaced()
         flavours.register(type(self))
@@ -135,7 +126,8 @@ class ShardedCheckpointIO(_CheckpointIO):
         self._displaced.make_way(text)
         alone = self._make(alone=True)
         try:
-            alone.save(dict(checkpoint), text, storage_options=storage_options)
+            state = plain(checkpoint)  # a state dict as it is: the versions of its modules are an attribute of it
+            alone.save(state if isinstance(state, dict) else dict(state), text, storage_options=storage_options)
         finally:
             alone.close()
             self._displaced.settle(None)
@@ -163,14 +155,14 @@ class ShardedCheckpointIO(_CheckpointIO):
             no place in it. None where that is nothing. For a Trainer's dict it is again a whole one, which shares the
             live tensors, because the Trainer looks up all of its keys.
         """
-        text = checkpoint_path(path)
         self.wait()
-        if restore.is_ordinary(text, self._options_for(text)):
-            loaded: dict[str, Any] | None = ordinary.load(text, map_location, weights_only)
+        text, options, is_ordinary = self._found(path)
+        if is_ordinary:
+            loaded: dict[str, Any] | None = ordinary.load(text, map_location, weights_only, options)
             return loaded
         alone = self._make(alone=True)
         try:
-            opened = alone.open(text, storage_options=self._options_for(text))
+            opened = alone.open(text, storage_options=options)
             reading = restore.Reading(opened, "cpu" if map_location is None else map_location, weights_only)
             restored: dict[str, Any] | None = reading.everything() if state is None else reading.into(state)
             return restored
@@ -183,7 +175,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         A symbolic link is unlinked, never followed. Ordinary files and directories are removed as Lightning does it.
         """
         text = checkpoint_path(path)
-        options = self._options_for(text)
+        options = self.options_for(text)
         latest = self._latest
         if ordinary.is_link(text):
             ordinary.remove(text)
@@ -195,7 +187,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         elif latest is not None and not self._committed(latest):
             log.warning("keeping %s: the save that was to replace it failed", text)
         else:
-            ordinary.remove(text)
+            ordinary.remove(text, options)
 
     def teardown(self) -> None:
         """Wait for the save in flight and free the memory. The plugin can be used again afterwards.
@@ -226,9 +218,25 @@ class ShardedCheckpointIO(_CheckpointIO):
     ) -> None:
         """Save together with all ranks: each its part, to the path that rank 0 was given.
 
-        Raises on every rank alike; SaveFailedError of the save before this one too, if nobody has been told of it.
+        Raises on every rank alike; SaveFailedError of the save before this one too, if nobody has been told of it. In
+        an emergency that one is only logged, and after an exception nothing is raised.
         """
         self._is_bound = True
+        if running.emergency and not self._is_saving:
+            try:
+                self.wait()
+            except SaveFailedError as error:
+                log.error("a checkpoint was not saved: %s", error)
+        try:
+            self._save_from_every_rank(checkpoint, path, storage_options, running)
+        except Exception as error:
+            if not running.interrupted:
+                raise
+            log.error("the checkpoint %s was not saved: %s", path, error, exc_info=error)
+
+    def _save_from_every_rank(
+        self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any | None, running: Running
+    ) -> None:
         rank, _ = coordinator.rank_and_world_size()
         state = split_off(checkpoint, running.produced)
 
@@ -237,14 +245,14 @@ class ShardedCheckpointIO(_CheckpointIO):
             self._displaced.make_way(text)
             return _Destination(text, layout_of(state) if running.replicas_agree else {})
 
-        decision = agreement.from_rank_zero("Trainer.save_checkpoint", decide, _Destination, timeout=self._timeout)
+        decision = agreement.from_rank_zero("Trainer.save_checkpoint", decide, _Destination, timeout=self.timeout)
         pending = None
         # A signal handler may save while its thread is in here: it cannot wait for what it interrupts.
         interrupts, self._is_saving = self._is_saving, True
         try:
             if rank != 0:
                 state = share_of(state, decision.layout, with_buffers=bool(self._options.get("replicated")))
-            version = fingerprint(checkpoint, running.position)
+            version = self.twins.version(checkpoint, running.position, may_share=running.asynchronous)
             if interrupts:
                 self._make(alone=False).save(state, decision.path, storage_options=storage_options)
             elif running.asynchronous:
@@ -257,27 +265,27 @@ class ShardedCheckpointIO(_CheckpointIO):
             self._is_saving = interrupts
             self._latest = pending
             self._displaced.settle(pending)
+        self._written[_key(decision.path)] = storage_options
         if rank == 0:
-            self._written[_key(decision.path)] = storage_options
-            model_checkpoint.forget_listing(decision.path)
+            model_checkpoint.forget_listing(decision.path, self.options_for(decision.path))
 
     def load_lazily(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         """Read the plain values of a Trainer's checkpoint, on every rank of one save; large tensors when needed."""
-        self.wait()
 
         def decide() -> tuple[str, bool]:
-            text = checkpoint_path(path)
-            return text, restore.is_ordinary(text, self._options_for(text))
+            text, _, is_ordinary = self._found(path)
+            return text, is_ordinary
 
         text, is_ordinary = agreement.from_rank_zero(
-            "Trainer.load_checkpoint", decide, tuple[str, bool], timeout=self._timeout
+            "Trainer.load_checkpoint", decide, tuple[str, bool], timeout=self.timeout, before=self.wait
         )
+        options = self.options_for(text)
         if is_ordinary:
-            loaded: dict[str, Any] = ordinary.load(text, None, weights_only)
+            loaded: dict[str, Any] = ordinary.load(text, None, weights_only, options)
             return loaded
-        opened = self.checkpointer.open(text, storage_options=self._options_for(text), collective=True)
+        opened = self.checkpointer.open(text, storage_options=options, collective=True)
         reading = restore.Reading(opened, "cpu", weights_only)
-        return agreement.on_all("Trainer.read_checkpoint", reading.lazily, timeout=self._timeout)
+        return agreement.on_all("Trainer.read_checkpoint", reading.lazily, timeout=self.timeout)
 
     @contextmanager
     def tearing_down(self, *, interrupted: bool) -> Iterator[None]:
@@ -300,16 +308,29 @@ class ShardedCheckpointIO(_CheckpointIO):
         if self._checkpointer is not None and self._pid == os.getpid():
             self._checkpointer.wait()
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    def settle(self) -> None:
+        """Until no save is in flight, however it ends: its failure is told where saves are told of."""
+        if self._latest is not None and self._checkpointer is not None and self._pid == os.getpid():
+            self._committed(self._latest)
+
+    def options_for(self, path: str) -> dict[str, Any]:
+        """The storage options for ``path``: the plugin's, and those of the call that saved it in this process."""
+        return {**(self._options.get("storage_options") or {}), **(self._written.get(_key(path)) or {})}
 
     @property
-    def _timeout(self) -> float:
+    def timeout(self) -> float:
+        """Seconds to wait for the other ranks."""
         timeout: float = self._options.get("timeout", agreement.TIMEOUT)
         return timeout
 
-    def _options_for(self, path: str) -> Mapping[str, Any] | None:
-        """The storage options with which ``path`` was saved in this process, if it was; None means the plugin's own."""
-        return self._written.get(_key(path))
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _found(self, path: Any) -> tuple[str, dict[str, Any], bool]:
+        """What lies at ``path``: where it is, with which storage options, and whether it is an ordinary file."""
+        text = checkpoint_path(path)
+        options = self.options_for(text)
+        text = ordinary.standing(text, options)
+        return text, options, restore.is_ordinary(text, options)
 
     def _committed(self, pending: PendingSave) -> bool:
         while not pending.done():  # `result` would count as telling the caller of a failure

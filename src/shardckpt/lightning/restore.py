@@ -8,12 +8,16 @@ from fsspec.core import url_to_fs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shardckpt import coordinator
 from shardckpt.commit import is_checkpoint
-from shardckpt.errors import UsageError
+from shardckpt.errors import StateMismatchError, UsageError
 from shardckpt.lightning.lazy import LazyDict
 from shardckpt.lightning.snapshot import MODEL, OPTIMIZERS
 from shardckpt.loading import OpenCheckpoint
-from shardckpt.state.skeleton import child_node, module_entries
+from shardckpt.staging import StagingPool
+from shardckpt.state.leaves import is_uninitialised
+from shardckpt.state.names import clean_names
+from shardckpt.state.skeleton import child_node, module_entries, optimizer_node
 from shardckpt.state.values import pairs_of
 from shardckpt.storage import local_path
 
@@ -52,6 +56,33 @@ class Part(LazyDict):
     def is_still(self, *place: Any) -> bool:
         """Whether this is what the checkpoint has at ``place``, and nobody has looked at it or put it elsewhere."""
         return self.is_untouched and self._place == place
+
+    def check_shapes(self, module: nn.Module) -> None:
+        """Raise StateMismatchError if a tensor has another shape in the checkpoint, which torch never lets pass."""
+        assert self._opened is not None, "a part that was not looked at knows where it lies"
+        state_dict = module.state_dict()
+        lines = []
+        for raw, name in clean_names(module, list(state_dict)).items():
+            live, saved = state_dict[raw], self._opened.manifest.resolve(f"{MODEL}.{name}")
+            if saved is None or not isinstance(live, Tensor) or is_uninitialised(live):
+                continue
+            if tuple(live.shape) != tuple(saved.shape):
+                lines.append(f"  {MODEL}.{name}: {tuple(live.shape)} here, {tuple(saved.shape)} in the checkpoint")
+        if lines:
+            raise StateMismatchError(
+                f"size mismatch between the model and {self._opened.path}, and nothing has been changed:\n"
+                + "\n".join(lines)
+                + "\nstrict_loading=False lets names be missing or left over, but no shape differ."
+            )
+
+    def fits(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer has the param groups of the saved one: as many, as large, with the same options."""
+        assert self._opened is not None, "a part that was not looked at knows where it lies"
+        body = optimizer_node(_node_at(self._opened, self._place))
+        if body is None:
+            return False
+        saved = [(len(g["params"]), {key for key, _ in pairs_of(g["options"]) or []}) for g in body["param_groups"]]
+        return saved == [(len(g["params"]), g.keys() - {"params"}) for g in optimizer.param_groups]
 
     def restore(self, state: dict[str, Any], *, strict: bool) -> None:
         """Read parts of the same checkpoint straight into live modules and optimizers.
@@ -159,11 +190,27 @@ class Reading:
 
     def _part(self, *place: Any) -> Part:
         part = Part(opened=self._opened, place=place, weights_only=self._weights_only)
-        part.read_with(lambda: self._value(*place))
+        part.read_with(lambda: self._value_later(place))
         return part
 
+    def _value_later(self, place: Place) -> Any:
+        """As `_value`, whatever became of the Trainer: a hook may keep a part longer than that lives."""
+        pool = StagingPool()
+        here = OpenCheckpoint(
+            self._opened.path,
+            self._opened.manifest,
+            self._opened.storage,
+            pool=pool,
+            begin=lambda _: coordinator.begin_alone(),
+            patience=0.0,
+        )
+        try:
+            return here.materialise(place, map_location=self._map_location, weights_only=self._weights_only)
+        finally:
+            pool.close()
+
     def _but_parts(self, key: Any) -> Any:
-        if key == OPTIMIZERS:
+        if key == OPTIMIZERS and isinstance(self._node(key), list):
             return [self._part(key, index) for index in self._children(key)]
         return self._part(key) if module_entries(self._node(key)) is not None else self._value(key)
 
@@ -176,7 +223,11 @@ class Reading:
         return list(entries) if entries is not None else [key for key, _ in pairs_of(node) or []]
 
     def _node(self, *place: Any) -> Any:
-        node = self._opened.manifest.state
-        for depth, key in enumerate(place):
-            node = child_node(node, key, ".".join(map(str, place[:depth])))
-        return node
+        return _node_at(self._opened, place)
+
+
+def _node_at(opened: OpenCheckpoint, place: Place) -> Any:
+    node = opened.manifest.state
+    for depth, key in enumerate(place):
+        node = child_node(node, key, ".".join(map(str, place[:depth])))
+    return node

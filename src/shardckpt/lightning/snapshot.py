@@ -12,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from shardckpt.lightning.lazy import plain
 from shardckpt.state import ModuleState, OptimizerState, Share
 
 MODEL: Final = "state_dict"
@@ -82,9 +83,9 @@ def split_off(checkpoint: Mapping[str, Any], produced: Produced) -> dict[str, An
     state: dict[str, Any] = {}
     for key, value in checkpoint.items():
         if key == OPTIMIZERS and isinstance(value, list):
-            state[key] = [produced.optimizer_state(item) or item for item in value]
+            state[key] = [produced.optimizer_state(item) or plain(item) for item in value]
         else:
-            state[key] = produced.module_state(value) or value
+            state[key] = produced.module_state(value) or plain(value)
     return state
 
 
@@ -123,11 +124,11 @@ def share_of(state: Mapping[str, Any], layout: Layout, *, with_buffers: bool) ->
 
 
 def fingerprint(checkpoint: Mapping[str, Any], position: Hashable) -> Hashable | None:
-    """A value that is equal for two saves only if their tensors are; None where that cannot be told.
+    """A value that differs for two saves if a trace is found of a change between them; None where none can be.
 
-    A false "equal" would lose a change, so everything is looked at that a change leaves a trace in: ``position`` (how
-    far training is), each tensor's place in memory and version counter, and, because fused optimizers and ``.data``
-    bump no counter, a sample of its contents; of small ones the whole contents.
+    What is looked at: ``position`` (how far training is), each tensor's place in memory and version counter, and,
+    because fused optimizers and ``.data`` bump no counter, a sample of its contents; of small ones the whole contents.
+    Equal values are no proof: a few elements may have been written behind torch's back.
     """
     seen = xxhash.xxh3_128()
     elsewhere: list[Tensor] = []

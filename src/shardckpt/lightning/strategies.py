@@ -7,15 +7,15 @@ strategy is an instance of a subclass of its own class that overrides just these
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
 
-from shardckpt.errors import ShardckptError
-from shardckpt.lightning import flavours
-from shardckpt.lightning.plugin import Running, ShardedCheckpointIO
+from shardckpt.lightning import agreement, flavours
+from shardckpt.lightning.plugin import ShardedCheckpointIO
 from shardckpt.lightning.restore import Part
+from shardckpt.lightning.sharing import Running
 from shardckpt.lightning.snapshot import MODEL, OPTIMIZERS, Produced
 from shardckpt.state import OptimizerState
 
@@ -55,7 +55,7 @@ def prepare(strategy: Any) -> None:
     try:
         states = [OptimizerState(o, o.state_dict(), {MODEL: module}) for o in strategy.optimizers]
         plugin.checkpointer.prepare({MODEL: module, OPTIMIZERS: states})
-    except (ShardckptError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 - training must not end for want of a warm-up
         # A hook may yet take out what cannot be saved; if none does, the save says so.
         log.debug("memory for checkpoints is not warmed: %s", error)
 
@@ -133,14 +133,26 @@ def sharded(base: Any) -> Any:
             part, module = checkpoint[MODEL], self.lightning_module
             # A module that overrides this is shown the whole dict and decides by itself what it takes.
             plain = type(module).load_state_dict is torch.nn.Module.load_state_dict
-            if plain and isinstance(part, Part) and part.is_still(MODEL):
+
+            def is_ours() -> bool:
+                untouched = plain and isinstance(part, Part) and part.is_still(MODEL)
+                if untouched and not strict:
+                    part.check_shapes(module)
+                return untouched
+
+            if _all_agree(self, "Trainer.load_model", is_ours):
                 part.restore({MODEL: module}, strict=strict)
             else:
                 super().load_model_state_dict(checkpoint, strict=strict)
 
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
             parts = checkpoint[OPTIMIZERS]
-            if len(parts) == len(self.optimizers) and all(map(_is_plain, parts, range(len(parts)), self.optimizers)):
+
+            def is_ours() -> bool:
+                counts = len(parts) == len(self.optimizers)
+                return counts and all(map(_is_plain, parts, range(len(parts)), self.optimizers))
+
+            if _all_agree(self, "Trainer.load_optimizers", is_ours):
                 modules = {MODEL: self.lightning_module}
                 states = [OptimizerState(optimizer, {}, modules) for optimizer in self.optimizers]
                 if parts:
@@ -182,10 +194,22 @@ def _new(base: Any) -> Any:
 
 
 def _is_plain(part: Any, index: int, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer's state is as the checkpoint has it, and the optimizer keeps its state on every rank."""
+    """Whether an optimizer's state is as the checkpoint has it, fits, and is kept on every rank.
+
+    One that does not fit is torch's to judge, which refuses some of them and takes others.
+    """
     return (
-        isinstance(part, Part) and part.is_still(OPTIMIZERS, index) and not hasattr(optimizer, "consolidate_state_dict")
+        isinstance(part, Part)
+        and part.is_still(OPTIMIZERS, index)
+        and not hasattr(optimizer, "consolidate_state_dict")
+        and part.fits(optimizer)
     )
+
+
+def _all_agree(strategy: Any, call: str, ask: Callable[[], bool]) -> bool:
+    # Hooks may touch a part on one rank alone, and reading straight into the live state is a thing of all ranks.
+    plugin = plugin_of(strategy)
+    return plugin is not None and agreement.whether_all(call, ask, timeout=plugin.timeout)
 
 
 def _trainer(strategy: Any) -> Any | None:
@@ -202,6 +226,7 @@ def _running(strategy: Any, path: Any) -> Running:
     # Between the strategy's setup and its teardown of a fit somebody waits for the save later. SLURM's handler, which
     # alone uses this name, has the job killed as soon as the call returns.
     waited_for = vars(strategy).get("_shardckpt_fitting", False) and _status(trainer) == "running"
+    interrupted = _status(trainer) == "interrupted"
     at_once = os.path.basename(str(path)).startswith("hpc_ckpt_")
     progress = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
     position = (
@@ -213,5 +238,7 @@ def _running(strategy: Any, path: Any) -> Running:
         produced=strategy._shardckpt_produced,
         asynchronous=waited_for and not at_once,
         position=position,
+        emergency=interrupted or at_once,
+        interrupted=interrupted,
         replicas_agree=getattr(strategy, "_model_averager", None) is None,
     )

@@ -56,7 +56,7 @@ def flatten(
     """
     names.check_root(state)
     is_share = isinstance(state, names.Share)
-    if isinstance(state, dict) and not names.is_stateful(state):
+    if isinstance(state, dict) and not names.is_stateful(state) and not _is_state_dict(state):
         state = dict(state)  # whatever kind of dict is at the root, it is a state and not an object to be pickled
     walk = _Flattener(
         names.parameter_names(state),
