@@ -61,6 +61,73 @@ def test_resumed_at_an_epoch_boundary_equals_uninterrupted(tmp_path: Path, light
     assert second.end == whole.end != first.end
 
 
+class RemembersItsPlace:
+    """A data loader with a shuffled order of its own per epoch, which can go on in the middle of one."""
+
+    def __init__(self) -> None:
+        self.batches = list(toy.loader())
+        self.epoch = 0
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        while self.position < len(self):
+            self.position += 1
+            yield self.batches[order[self.position - 1]]
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
+
+
+def test_resumed_in_mid_epoch_equals_uninterrupted_with_loader_and_rng(
+    tmp_path: Path, lightning: Any, Toy: Any
+) -> None:
+    """With a stateful data loader and the random state saved, the middle of an epoch is as good as its end."""
+
+    class KeepsRandomState(lightning.callbacks.Callback):  # type: ignore[misc]
+        restored: torch.Tensor | None = None
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"rng": torch.get_rng_state()}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.restored = state_dict["rng"]
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            if self.restored is not None:
+                torch.set_rng_state(self.restored)
+                self.restored = None
+
+    class Noisy(Toy):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(*self.net[:3], nn.Dropout(0.5), self.net[3])
+
+    def fit(folder: str, ckpt_path: Path | None = None) -> Any:
+        lightning.seed_everything(1 if ckpt_path is None else 2, verbose=False)
+        record = toy.recorder(lightning)
+        run = toy.trainer(
+            lightning,
+            tmp_path / folder,
+            checkpoint={"every_n_train_steps": 7, "save_top_k": -1, "filename": "{step}"},
+            callbacks=[record, KeepsRandomState()],
+        )
+        run.fit(Noisy(), RemembersItsPlace(), ckpt_path=ckpt_path)
+        return record
+
+    whole = fit("whole")
+    resumed = fit("resumed", tmp_path / "whole" / "step=7.ckpt")
+    assert resumed.position == (0, 7)
+    assert resumed.end == whole.end != resumed.start
+
+
 def test_everything_that_lightning_saves_comes_back(tmp_path: Path, lightning: Any, Toy: Any) -> None:
     """Callbacks, datamodule, precision state, loops, hyper-parameters and what hooks add survive a resume."""
 
