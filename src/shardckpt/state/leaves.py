@@ -4,29 +4,24 @@ Every kind that is stored as raw bytes becomes a `LocalTensor`: global shape, dt
 Boxes, plural: a rank of a ``_StridedShard`` holds several runs of rows.
 """
 
-import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from shardckpt.box import Box, full_box
+from shardckpt.box import Box, full_box, slices
 from shardckpt.codecs import DTYPE_NAMES
 from shardckpt.errors import UnserialisableError
+from shardckpt.state.placements import parts_of
 
 try:
     from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 except ImportError:  # torch built without distributed, or a release that dropped it
     ShardedTensor = None  # type: ignore[assignment, misc]
-
-try:
-    from torch.distributed.tensor.placement_types import _StridedShard
-except ImportError:
-    _StridedShard = None  # type: ignore[assignment, misc]
 
 _PLAIN_TYPES: Final = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
@@ -144,85 +139,20 @@ def _location(tensor: Tensor, *, pieces: bool) -> str:
     return device.type if pieces or device.type == "cpu" else str(device)
 
 
-Runs = list[tuple[int, int]]
-"""Runs of one dimension, (start, length) in global coordinates, in the order in which they lie in local memory."""
-
-
-def _take(runs: Runs, start: int, stop: int) -> Runs:
-    """The part [start, stop) of the concatenation of ``runs``."""
-    taken, position = [], 0
-    for first, length in runs:
-        low, high = max(start, position), min(stop, position + length)
-        if low < high:
-            taken.append((first + low - position, high - low))
-        position += length
-    return taken
-
-
-def _chunk(runs: Runs, chunks: int, index: int) -> Runs:
-    """Chunk ``index`` of ``torch.chunk(runs, chunks)``; chunks past the end are empty."""
-    total = sum(length for _, length in runs)
-    size = -(-total // chunks)
-    return _take(runs, index * size, min((index + 1) * size, total))
-
-
 def _dtensor_parts(fqn: str, tensor: DTensor) -> tuple[list[Box], list[Tensor]]:
-    """Boxes and views of a DTensor: its placements applied to each dimension, mesh dimension by mesh dimension.
-
-    Source of the chunking: ``Shard._split_tensor`` (torch.chunk) and ``_StridedShard`` (each of
-    split_factor pieces chunked on its own) in torch/distributed/tensor/placement_types.py.
-    """
+    """Boxes and views of a DTensor; both are empty on a rank that is not in its mesh."""
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return [], []
-    runs: list[Runs] = [[(0, size)] for size in tensor.shape]
-    for mesh_dim, placement in enumerate(tensor.placements):
-        if isinstance(placement, Replicate):
-            continue
-        chunks, index = mesh.size(mesh_dim), coordinate[mesh_dim]
-        if _StridedShard is not None and isinstance(placement, _StridedShard):
-            dim, factor = placement.dim, int(placement.split_factor)
-            parts = [_chunk(runs[dim], factor, part) for part in range(factor)]
-            runs[dim] = [run for part in parts for run in _chunk(part, chunks, index)]
-        elif isinstance(placement, Shard):
-            runs[placement.dim] = _chunk(runs[placement.dim], chunks, index)
-        else:
-            reason = (
-                "its value is a sum that has not been reduced yet; call `redistribute` to Replicate() or Shard() first"
-                if isinstance(placement, Partial)
-                else "this version does not know that placement"
-            )
-            raise UnserialisableError(f"DTensor {fqn!r} has the placement {placement!r}: {reason}.")
-    return _boxes_and_views([_joined(dim_runs) for dim_runs in runs], tensor.to_local().detach())
-
-
-def _joined(runs: Runs) -> Runs:
-    """Neighbouring runs made one, so that contiguous shards are one box."""
-    joined: Runs = []
-    for start, length in runs:
-        if joined and joined[-1][0] + joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], joined[-1][1] + length)
-        else:
-            joined.append((start, length))
-    return joined
-
-
-def _boxes_and_views(runs: list[Runs], local: Tensor) -> tuple[list[Box], list[Tensor]]:
-    boxes, views = [], []
-    placed = []
-    for dim_runs in runs:
-        positions = itertools.accumulate((length for _, length in dim_runs), initial=0)
-        placed.append(
-            [(start, length, position) for (start, length), position in zip(dim_runs, positions, strict=False)]
-        )
-    for combination in itertools.product(*placed):
-        view = local
-        for dim, (_, length, position) in enumerate(combination):
-            view = view.narrow(dim, position, length)
-        boxes.append(Box(tuple(c[0] for c in combination), tuple(c[1] for c in combination)))
-        views.append(view)
-    return boxes, views
+    try:
+        parts = parts_of(tuple(tensor.shape), mesh.shape, coordinate, tensor.placements)
+    except ValueError as error:
+        raise UnserialisableError(f"DTensor {fqn!r} has {error}.") from error
+    local = tensor.to_local().detach()
+    # Indexing costs microseconds, thousands of times over; one part is all there is.
+    views = [local] if len(parts) == 1 else [local[slices(part.local)] for part in parts]
+    return [part.box for part in parts], views
 
 
 def _sharded_tensor_parts(tensor: Any) -> tuple[list[Box], list[Tensor]]:
