@@ -145,11 +145,11 @@ def _dtensor_parts(fqn: str, tensor: DTensor) -> tuple[list[Box], list[Tensor]]:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return [], []
+    local = tensor.to_local().detach()
     try:
-        parts = parts_of(tuple(tensor.shape), mesh.shape, coordinate, tensor.placements)
+        parts = parts_of(tuple(tensor.shape), mesh.shape, coordinate, tensor.placements, tuple(local.shape))
     except ValueError as error:
         raise UnserialisableError(f"DTensor {fqn!r} has {error}.") from error
-    local = tensor.to_local().detach()
     # Indexing costs microseconds, thousands of times over; one part is all there is.
     views = [local] if len(parts) == 1 else [local[slices(part.local)] for part in parts]
     return [part.box for part in parts], views
