@@ -29,7 +29,7 @@ from shardckpt.planner import Wanted
 from shardckpt.reader import ReadStats, Target, check_files, read_bytes, read_targets
 from shardckpt.reports import LoadReport
 from shardckpt.staging import StagingPool
-from shardckpt.state import Match, parameter_names
+from shardckpt.state import Match, parameter_names, together
 from shardckpt.state.names import check_root
 from shardckpt.state.schema import check_skeleton
 from shardckpt.state.skeleton import child_node
@@ -124,11 +124,14 @@ class OpenCheckpoint:
         operation = self._begin(f"load({self.path!r})")
         started = time.monotonic()
         stats = ReadStats()
-        with turn(operation, "match"):
+        with turn(operation, "match") as matched:
             check_root(state)
             match = self._match(parameter_names(state), map_location, strict=strict, convert_dtype=convert_dtype)
             place = match.match(state, self.manifest.state, "")
-            match.differences.check(self.path, strict=strict)
+            matched.word = match.differences.encode()
+        verdict, differences = together(matched.heard, operation.rank)
+        with turn(operation, "check"):
+            verdict.check(self.path, strict=strict)
             self._load_objects(match, map_location, weights_only)
             check_files(self.manifest, self.storage, [Wanted(t.fqn, box) for t in match.targets for box in t.boxes])
         with turn(operation, "restore", self._patience):
@@ -143,10 +146,10 @@ class OpenCheckpoint:
             save_id=self.manifest.save_id,
             world_size=self.manifest.world_size,
             restored=match.restored,
-            missing=match.differences.missing,
-            unexpected=match.differences.unexpected,
-            mismatched=match.differences.mismatched,
-            skipped=match.differences.skipped,
+            missing=differences.missing,
+            unexpected=differences.unexpected,
+            mismatched=differences.mismatched,
+            skipped=differences.skipped,
             bytes_read=stats.bytes_read,
             seconds=time.monotonic() - started,
         )

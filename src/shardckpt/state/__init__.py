@@ -3,9 +3,10 @@
 `flatten` goes one way, `Match` the other. Nothing above this package asks what kind of object a value was.
 """
 
+from shardckpt.state.differences import Differences, together
 from shardckpt.state.flatten import Flattened, flatten
 from shardckpt.state.leaves import LocalTensor
-from shardckpt.state.match import Differences, Match
+from shardckpt.state.match import Match
 from shardckpt.state.names import ModuleState, OptimizerState, Share, parameter_names
 from shardckpt.state.skeleton import merge
 
@@ -20,4 +21,5 @@ __all__ = [
     "flatten",
     "merge",
     "parameter_names",
+    "together",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shardckpt.errors import UnserialisableError, UsageError
 from shardckpt.state import names, values
+from shardckpt.state.beside import is_sharded, parts
 from shardckpt.state.leaves import LocalTensor, is_raw_tensor, is_uninitialised, local_tensor, memory_key
 from shardckpt.state.selection import Selection, matches
 from shardckpt.state.skeleton import MAX_DEPTH, SPARSE_PARTS
@@ -255,16 +256,19 @@ class _Flattener:
         if not names.is_torch_format(state_dict, named):
             return self.node(dict(state_dict), path, True)
         by_index = {
-            index: name
-            for group, group_names in zip(state_dict["param_groups"], named, strict=True)
-            for index, name in zip(group["params"], group_names, strict=True)
+            index: (name, parameter)
+            for group, group_names, live in zip(state_dict["param_groups"], named, optimizer.param_groups, strict=True)
+            for index, name, parameter in zip(group["params"], group_names, live["params"], strict=True)
         }
         self._note("o", path)
         below = names.child_path(path, "state")
         state, loose = {}, []
         for key, item in state_dict["state"].items():
-            name = by_index.get(key)
-            node = self.node(item, names.child_path(below, key if name is None else name), True)
+            name, parameter = by_index.get(key, (None, None))
+            child = names.child_path(below, key if name is None else name)
+            if parameter is not None:
+                item = parts(item, parameter, child, self._replicated)
+            node = self.node(item, child, not is_sharded(parameter))
             if node is _LEFT_OUT:
                 continue
             if name is None:

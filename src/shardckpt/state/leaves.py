@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.box import Box, full_box, slices
 from shardckpt.codecs import DTYPE_NAMES
-from shardckpt.errors import UnserialisableError
+from shardckpt.errors import ConflictingStateError, UnserialisableError
 from shardckpt.state.placements import parts_of
 
 try:
@@ -84,7 +84,7 @@ def local_tensor(fqn: str, tensor: Tensor, *, split: bool) -> LocalTensor:
         boxes, views = _dtensor_parts(fqn, tensor)
         split = True
     elif _is_sharded_tensor(tensor):
-        boxes, views = _sharded_tensor_parts(tensor)
+        boxes, views = _sharded_tensor_parts(fqn, tensor)
     if tensor.device.type == "meta" or any(view.device.type == "meta" for view in views):
         raise UnserialisableError(
             f"tensor {fqn!r} is on the meta device and has no data. Materialise it first, for instance with"
@@ -155,7 +155,15 @@ def _dtensor_parts(fqn: str, tensor: DTensor) -> tuple[list[Box], list[Tensor]]:
     return [part.box for part in parts], views
 
 
-def _sharded_tensor_parts(tensor: Any) -> tuple[list[Box], list[Tensor]]:
-    shards = tensor.local_shards()
-    boxes = [Box(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes)) for shard in shards]
-    return boxes, [shard.tensor.detach() for shard in shards]
+def _sharded_tensor_parts(fqn: str, tensor: Any) -> tuple[list[Box], list[Tensor]]:
+    boxes, views = [], []
+    for shard in tensor.local_shards():
+        box = Box(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
+        if tuple(shard.tensor.shape) != box.lengths:
+            raise ConflictingStateError(
+                f"a shard of ShardedTensor {fqn!r} at {box.offsets} has shape {box.lengths} by its metadata, and"
+                f" {tuple(shard.tensor.shape)} by its data"
+            )
+        boxes.append(box)
+        views.append(shard.tensor.detach())
+    return boxes, views

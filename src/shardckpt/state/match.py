@@ -6,15 +6,14 @@ it.
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from shardckpt.codecs import DTYPES
-from shardckpt.errors import StateMismatchError
 from shardckpt.manifest import Manifest
 from shardckpt.state import names, values
+from shardckpt.state.differences import Differences
 from shardckpt.state.fresh import Maker, Thunk
 from shardckpt.state.leaves import (
     LocalTensor,
@@ -29,28 +28,6 @@ from shardckpt.state.optimizers import match_optimizer
 from shardckpt.state.skeleton import contains_tensor, tensor_name
 
 Json = Any
-
-
-@dataclass(slots=True)
-class Differences:
-    """How a live state and a checkpoint differ, as lines for a person; empty where they match."""
-
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-
-    def check(self, where: str, *, strict: bool) -> None:
-        """Raise StateMismatchError that names every difference, if ``strict``."""
-        lines = [f"  missing from the checkpoint: {name}" for name in self.missing]
-        lines += [f"  in the checkpoint only: {name}" for name in self.unexpected]
-        lines += [f"  {line}" for line in self.mismatched]
-        if strict and lines:
-            raise StateMismatchError(
-                f"the checkpoint {where} does not match the live state, and nothing has been changed:\n"
-                + "\n".join(lines)
-                + "\nPass strict=False (a LightningModule: strict_loading) to restore what matches and report the rest."
-            )
 
 
 class Match(Maker):

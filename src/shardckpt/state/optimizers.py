@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from shardckpt.manifest import TensorEntry
 from shardckpt.state import names, values
+from shardckpt.state.beside import as_part, like_parameter
 from shardckpt.state.skeleton import optimizer_node
 
 if TYPE_CHECKING:
@@ -153,11 +154,16 @@ def _match_state(
         child = names.child_path(path, key)
         value = live.get(key)
         name = item.get("$tensor") if isinstance(item, dict) else None
-        if isinstance(value, Tensor) and name is not None and _same_kind(match, value, name):
-            thunks[key] = match.tensor(value, item, child)
+        part = as_part(value, parameter) if isinstance(value, Tensor) else None
+        if part is not None and name is not None and _same_kind(match, part, name):
+            thunks[key] = _filled(match.tensor(part, item, child), value)
         else:
             thunks[key] = match.new(item, child, Beside(parameter, is_step=key == "step" and not step_on_device))
     return thunks
+
+
+def _filled(fill: "Thunk", live: Any) -> "Thunk":
+    return lambda: (fill(), live)[1]
 
 
 def _same_kind(match: "Match", live: Tensor, name: str) -> bool:
@@ -168,7 +174,10 @@ def _same_kind(match: "Match", live: Tensor, name: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Beside:
-    """Room for optimizer state: on its parameter's device, and sharded like it where it has its shape."""
+    """Room for optimizer state: on its parameter's device, and sharded like it where it has its shape.
+
+    Beside a DTensor, state of another shape is a replicated one.
+    """
 
     parameter: Tensor
     is_step: bool
@@ -178,14 +187,16 @@ class Beside:
         return not self.is_step and tuple(entry.shape) == tuple(self.parameter.shape)
 
     def key(self, entry: TensorEntry) -> Hashable:
-        sharded = isinstance(self.parameter, DTensor) and self._is_shaped(entry)
-        return self.parameter.device, self.is_step, id(self.parameter) if sharded else None
+        place: Hashable = None
+        if isinstance(self.parameter, DTensor):
+            place = id(self.parameter) if self._is_shaped(entry) else self.parameter.device_mesh
+        return self.parameter.device, self.is_step, place
 
     def make(self, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
         if self._is_shaped(entry):
             return torch.empty_like(self.parameter.detach(), dtype=dtype)
         device = "cpu" if self.is_step and entry.location == "cpu" else self.parameter.device
-        return torch.empty(tuple(entry.shape), dtype=dtype, device=device)
+        return like_parameter(torch.empty(tuple(entry.shape), dtype=dtype, device=device), self.parameter)
 
 
 def _counts_on_device(options: Json) -> bool:
