@@ -227,7 +227,7 @@ class Layout(NamedTuple):
 
 LAYOUTS: list[Layout] = [
     Layout("one", 1, one),
-    *(Layout("ddp", size, ddp) for size in (2, 3, 4)),
+    *(Layout("ddp", size, ddp) for size in (2, 4)),
     *(Layout("fsdp", size, fsdp) for size in (1, 2, 3, 4)),
     Layout("hsdp 1x2", 2, hsdp(1, 2)),
     Layout("hsdp 3x1", 3, hsdp(3, 1)),
@@ -237,14 +237,12 @@ LAYOUTS: list[Layout] = [
     Layout("dim 1", 2, by_dim(1)),
     Layout("dim 2", 4, by_dim(2)),
     Layout("two dims", 4, crossed),
-    Layout("strided", 3, strided),
     Layout("strided", 4, strided),
-    *(Layout("pipeline", size, stage) for size in (2, 3)),
+    Layout("pipeline", 2, stage),
     Layout("pipeline+ddp", 4, stages(lambda model, mesh: nn.parallel.DistributedDataParallel(model, device_mesh=mesh))),
     Layout("pipeline+fsdp", 4, stages(shard_all)),
-    Layout("pipeline+tp", 4, stages(tensor_parallel)),
-    *(Layout("partial mesh", size, partial) for size in (3, 4)),
-    *(Layout("ShardedTensor", size, ShardedTensors) for size in (2, 4)),
+    Layout("partial mesh", 3, partial),
+    Layout("ShardedTensor", 4, ShardedTensors),
 ]
 
 # -- optimizers -------------------------------------------------------------------------------------------------------
