@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from shardckpt.planner import Wanted
 from shardckpt.reader import ReadStats, Target, check_files, read_bytes, read_targets
 from shardckpt.reports import LoadReport
 from shardckpt.staging import StagingPool
-from shardckpt.state import Match, parameter_names, together
+from shardckpt.state import Differences, Match, meshes, parameter_names, together
 from shardckpt.state.names import check_root
 from shardckpt.state.schema import check_skeleton
 from shardckpt.state.skeleton import child_node
@@ -55,6 +56,13 @@ def read_manifest(
     manifest = mf.decode_manifest(said.heard[0], where)
     check_skeleton(manifest, where)
     return place, storage, manifest
+
+
+class Matched(msgspec.Struct, array_like=True):
+    """What each rank says once it has held its state against the manifest."""
+
+    differences: Differences
+    meshes: list[tuple[list[int], str]]
 
 
 class OpenCheckpoint:
@@ -128,8 +136,11 @@ class OpenCheckpoint:
             check_root(state)
             match = self._match(parameter_names(state), map_location, strict=strict, convert_dtype=convert_dtype)
             place = match.match(state, self.manifest.state, "")
-            matched.word = match.differences.encode()
-        verdict, differences = together(matched.heard, operation.rank)
+            matched.word = msgspec.msgpack.encode(Matched(match.differences, match.meshes.digests()))
+        ranks = [msgspec.msgpack.decode(word, type=Matched) for word in matched.heard]
+        verdict, differences = together([found.differences for found in ranks], operation.rank)
+        if meshes.may_differ([found.meshes for found in ranks]):
+            meshes.check(operation.agree("meshes", match.meshes.encode()))
         with turn(operation, "check"):
             verdict.check(self.path, strict=strict)
             self._load_objects(match, map_location, weights_only)

@@ -3,6 +3,7 @@
 `flatten` goes one way, `Match` the other. Nothing above this package asks what kind of object a value was.
 """
 
+from shardckpt.state import meshes
 from shardckpt.state.differences import Differences, together
 from shardckpt.state.flatten import Flattened, flatten
 from shardckpt.state.leaves import LocalTensor
@@ -20,6 +21,7 @@ __all__ = [
     "Share",
     "flatten",
     "merge",
+    "meshes",
     "parameter_names",
     "together",
 ]

@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import msgspec
-
 from shardckpt.errors import StateMismatchError
 
 
@@ -17,10 +15,6 @@ class Differences:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-
-    def encode(self) -> bytes:
-        """What a rank tells the others, for `together`."""
-        return msgspec.msgpack.encode(self)
 
     def check(self, where: str, *, strict: bool) -> None:
         """Raise StateMismatchError that names every difference, if ``strict``."""
@@ -35,14 +29,13 @@ class Differences:
             )
 
 
-def together(words: Sequence[bytes], rank: int) -> tuple[Differences, Differences]:
-    """The differences of all ranks as one verdict, and those that concern ``rank``, from what each has encoded.
+def together(ranks: Sequence[Differences], rank: int) -> tuple[Differences, Differences]:
+    """The differences of all ranks as one verdict, and those that concern ``rank``.
 
     A rank may lack what others have (a pipeline's stage, a mesh on some ranks only), so what a checkpoint has is
     unexpected only where no rank has a place for it. Everything else counts if it is so on any rank, and the verdict
     says on which.
     """
-    ranks = [msgspec.msgpack.decode(word, type=Differences) for word in words]
     lacking = [_Lacking(found) for found in ranks]
     found_unexpected = dict.fromkeys(name for found in ranks for name in found.unexpected)
     unexpected = [name for name in found_unexpected if all(name in own for own in lacking)]

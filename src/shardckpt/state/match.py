@@ -23,6 +23,7 @@ from shardckpt.state.leaves import (
     memory_key,
     overlaps_itself,
 )
+from shardckpt.state.meshes import Meshes
 from shardckpt.state.modules import match_module
 from shardckpt.state.optimizers import match_optimizer
 from shardckpt.state.skeleton import contains_tensor, tensor_name
@@ -48,6 +49,7 @@ class Match(Maker):
         super().__init__(manifest, relocate)
         self.targets: list[LocalTensor] = []
         self.differences = Differences()
+        self.meshes = Meshes()
         self.parameters = parameters
         self._convert_dtype = convert_dtype
         self.strict = strict
@@ -116,6 +118,7 @@ class Match(Maker):
     def fill(self, live: Tensor, name: str) -> None:
         """Have a live tensor read in place. Of several stored tensors for one memory the last counts, as in torch."""
         self.restored.append(name)
+        self.meshes.add(name, live)
         key = memory_key(live)
         target = local_tensor(self.manifest.aliases.get(name, name), live, split=False)
         if key is not None and key in self._filled:
