@@ -46,11 +46,11 @@ class Net(nn.Module):
         self.block = Block()
         self.experts = Experts()
         self.thin = nn.Linear(9, 1)
-        self.half = nn.Linear(2, 7, dtype=torch.bfloat16)
+        self.low = nn.Linear(2, 7, dtype=torch.bfloat16)
         self.bn = nn.BatchNorm1d(6)
 
 
-CHILDREN = ("embed", "block", "experts", "thin", "half", "bn")
+CHILDREN = ("embed", "block", "experts", "thin", "low", "bn")
 
 
 def truth(name: str, like: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         "block.down": RowwiseParallel(),
         "block.norm": SequenceParallel(),
         "thin": RowwiseParallel(),
-        "half": ColwiseParallel(),
+        "low": ColwiseParallel(),
     }
     return parallelize_module(model, mesh, {name: style for name, style in plan.items() if _has(model, name)})
 
