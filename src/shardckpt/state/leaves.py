@@ -75,16 +75,18 @@ def _is_sharded_tensor(value: Any) -> bool:
 def local_tensor(fqn: str, tensor: Tensor, *, split: bool) -> LocalTensor:
     """What this rank holds of ``tensor``.
 
-    Raises UnserialisableError for a tensor without data (meta, fake) and for a DTensor with a ``Partial`` placement.
+    Raises UnserialisableError for a tensor without data (meta, fake) and for a DTensor with a ``Partial`` placement, or
+    whose local part is not what its placements say; ConflictingStateError for a ShardedTensor of that kind.
     """
     shape = tuple(tensor.shape)
     whole = full_box(shape)
-    boxes, views = [whole], [tensor.detach()]
     if isinstance(tensor, DTensor):
         boxes, views = _dtensor_parts(fqn, tensor)
         split = True
     elif _is_sharded_tensor(tensor):
         boxes, views = _sharded_tensor_parts(fqn, tensor)
+    else:
+        boxes, views = [whole], [tensor.detach()]
     if tensor.device.type == "meta" or any(view.device.type == "meta" for view in views):
         raise UnserialisableError(
             f"tensor {fqn!r} is on the meta device and has no data. Materialise it first, for instance with"
