@@ -55,4 +55,4 @@ def local_shape(
     plain = [item for item in order if not isinstance(item[2], _StridedShard)]
     plain += [(size, index, Shard(p.dim)) for size, index, p in reversed(order) if isinstance(p, _StridedShard)]
     sizes, indices, cuts = zip(*plain, strict=True)
-    return tuple(_compute_local_shape_and_global_offset(shape, sizes, list(indices), cuts)[0])
+    return tuple(_compute_local_shape_and_global_offset(shape, sizes, list(indices), cuts, skip_offset=True)[0])

@@ -66,9 +66,8 @@ def test_strided_parts_are_what_torch_cuts(data: st.DataObject) -> None:
         local = cut_by_torch(full, [size], [at], placements)
         parts = parts_of(shape, [size], [at], placements, tuple(local.shape))
         assert torch.equal(assemble(parts, full, tuple(local.shape)), local)
-        assert all(
-            one.box.offsets[0] + one.box.lengths[0] != two.box.offsets[0] for one, two in itertools.pairwise(parts)
-        )
+        starts = {part.box.offsets[0] for part in parts}
+        assert not any(part.box.offsets[0] + part.box.lengths[0] in starts for part in parts if part.box.volume)
 
 
 def fsdp_layouts(tensor_parallel: int, data_parallel: int) -> Iterator[tuple[list[int], list[Placement], int]]:
