@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import ranks
-from multirank import matrix
+from multirank import matrix, wrapped
 from multirank.matrix_layouts import LAYOUTS
 
 pytestmark = pytest.mark.multiprocess
@@ -30,3 +30,9 @@ def test_every_layout_restores_into_this_one(sources, target):
 def test_every_layout_loads_whole_on_one_process(sources):
     """Without a model at hand, a checkpoint of any layout is a dict of whole tensors."""
     matrix.load_whole(str(sources))
+
+
+def test_wrappers_change_no_name(tmp_path):
+    """torch.compile, DDP, FSDP2 and activation checkpointing, in any order: each restores what the others saved."""
+    names = {"model.first.bias model.first.weight model.rest.0.bias model.rest.0.weight"}
+    assert ranks.world(2).run(wrapped.every_wrapper_into_every_other, str(tmp_path)) == [names] * 2
