@@ -1,6 +1,7 @@
 """Optimizers: never stepped, restored by parameter name, and going on bit for bit as if nothing had happened."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,8 +27,11 @@ MAKERS: dict[str, Make] = {
     "adafactor": lambda ps: torch.optim.Adafactor(ps, lr=1e-2),
     "asgd": lambda ps: torch.optim.ASGD(ps, lr=1e-2),
     "rprop": lambda ps: torch.optim.Rprop(ps, lr=1e-2),
+    "radam": lambda ps: torch.optim.RAdam(ps, lr=1e-2),
+    "adamax": lambda ps: torch.optim.Adamax(ps, lr=1e-2),
+    "adagrad fused": lambda ps: torch.optim.Adagrad(ps, lr=1e-2, fused=True),
     "nadam": lambda ps: torch.optim.NAdam(ps, lr=1e-2),
-    "sparse adam free": lambda ps: torch.optim.Adadelta(ps, lr=1e-2),
+    "adadelta": lambda ps: torch.optim.Adadelta(ps, lr=1e-2),
 }
 
 
@@ -193,6 +197,236 @@ def test_param_groups_in_another_order(tmp_path):
     train(module, optimizer, range(2, 5))
     train(other, restored, range(2, 5))
     assert list(map(bits, module.parameters())) == list(map(bits, other.parameters()))
+
+
+def test_param_groups_split_and_reordered(tmp_path):
+    """Each part of a group that has been split goes on with the group's options; empty groups stand where they like."""
+    module = model()
+    weights, biases = list(module.parameters())[::2], list(module.parameters())[1::2]
+    optimizer = torch.optim.AdamW([{"params": weights, "lr": 0.5}, {"params": biases}, {"params": [], "lr": 0.7}])
+    train(module, optimizer, range(2))
+    shardckpt.save({"model": module, "optimizer": optimizer}, tmp_path / "ck")
+    other = model(1)
+    parts: list[list[nn.Parameter]] = [list(other.parameters())[3:0:-2], [], [other[2].weight], [], [other[0].weight]]
+    restored = torch.optim.AdamW([{"params": part, "lr": 9.0 + n} for n, part in enumerate(parts)])
+    shardckpt.load(tmp_path / "ck", {"model": other, "optimizer": restored})
+    # There was one empty group; the second one keeps what it has.
+    assert [group["lr"] for group in restored.param_groups] == [1e-3, 0.7, 0.5, 12.0, 0.5]
+    for a, b in zip(module.parameters(), other.parameters(), strict=True):
+        assert {k: bits(v) for k, v in restored.state[b].items()} == {k: bits(v) for k, v in optimizer.state[a].items()}
+
+
+def test_param_groups_merged(tmp_path):
+    """One group can't have the options of two: a load says in what they differ, or takes those of most parameters."""
+    for rates in ((0.1, 0.2), (0.3, 0.3)):
+        module = model()
+        first, *rest = module.parameters()
+        optimizer = torch.optim.AdamW([{"params": [first], "lr": rates[0]}, {"params": rest, "lr": rates[1]}])
+        train(module, optimizer, range(2))
+        shardckpt.save({"model": module, "optimizer": optimizer}, tmp_path / str(rates))
+        other = model(1)
+        before = [bits(parameter) for parameter in other.parameters()]
+        restored = torch.optim.AdamW(other.parameters(), lr=9.0)
+        state = {"model": other, "optimizer": restored}
+        if rates[0] != rates[1]:
+            with pytest.raises(
+                StateMismatchError, match=r"param_groups\.0: one group here, groups 0, 1 .* differ in lr;"
+            ):
+                shardckpt.load(tmp_path / str(rates), state)
+            assert [bits(parameter) for parameter in other.parameters()] == before
+            assert restored.param_groups[0]["lr"] == 9.0
+        report = shardckpt.load(tmp_path / str(rates), state, strict=False)
+        assert len(report.mismatched) == (rates[0] != rates[1])
+        assert restored.param_groups[0]["lr"] == rates[1]
+        assert bits(restored.state[other[0].weight]["exp_avg"]) == bits(optimizer.state[first]["exp_avg"])
+
+
+class Tied(nn.Module):
+    """Two weights, or one."""
+
+    def __init__(self, tied: bool, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+        if tied:
+            self.b.weight = self.a.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.b(self.a(inputs))
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_tied_weights_are_untied_with_their_state(tmp_path, stepped):
+    """Both weights go on from the shared one's state, each with its own from there."""
+    module = Tied(True, 0)
+    optimizer = torch.optim.AdamW(module.parameters())
+    train(module, optimizer, range(2))
+    shardckpt.save({"model": module, "optimizer": optimizer}, tmp_path / "ck")
+    for live in (Tied(True, 1), Tied(False, 1)):
+        restored = torch.optim.AdamW(live.parameters(), lr=1.0)
+        if stepped:
+            train(live, restored, range(1))
+        shardckpt.load(tmp_path / "ck", {"model": live, "optimizer": restored})
+        expected = {key: bits(value) for key, value in optimizer.state[module.a.weight].items()}
+        for weight in live.parameters():
+            assert bits(weight) == bits(module.a.weight)
+            assert {key: bits(value) for key, value in restored.state[weight].items()} == expected
+        pointers = [value.data_ptr() for state in restored.state.values() for value in state.values()]
+        assert len(set(pointers)) == len(pointers) == 3 * len(list(live.parameters()))
+        assert restored.param_groups[0]["lr"] == 1e-3
+
+
+def test_weights_tied_since_are_refused_or_take_the_first(tmp_path):
+    """Two values for one memory: a strict load names both; without it value and state come from one of them."""
+    module = Tied(False, 0)
+    optimizer = torch.optim.AdamW(module.parameters())
+    train(module, optimizer, range(2))
+    shardckpt.save({"model": module, "optimizer": optimizer}, tmp_path / "ck")
+    live = Tied(True, 1)
+    before = bits(live.a.weight)
+    restored = torch.optim.AdamW(live.parameters())
+    with pytest.raises(StateMismatchError, match=r"model\.b\.weight: one memory with 'model\.a\.weight' here"):
+        shardckpt.load(tmp_path / "ck", {"model": live, "optimizer": restored})
+    assert (bits(live.a.weight), len(restored.state)) == (before, 0)
+    report = shardckpt.load(tmp_path / "ck", {"model": live, "optimizer": restored}, strict=False)
+    assert report.unexpected == ["optimizer.param_groups: model.b.weight"]
+    assert bits(live.a.weight) == bits(module.a.weight)
+    assert bits(restored.state[live.a.weight]["exp_avg"]) == bits(optimizer.state[module.a.weight]["exp_avg"])
+
+
+def test_state_of_a_parameter_that_changed_its_shape(tmp_path):
+    """It is refused like the parameter, by name and with both shapes; never put where the next step would fail."""
+    module = model()
+    optimizer = torch.optim.AdamW(module.parameters())
+    train(module, optimizer, range(2))
+    shardckpt.save({"model": module, "optimizer": optimizer}, tmp_path / "ck")
+    other = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    restored = torch.optim.AdamW(other.parameters())
+    message = r"optimizer\.state: model\.0\.weight: of a parameter of shape \(8, 5\) here, \(7, 5\) in the checkpoint"
+    with pytest.raises(StateMismatchError, match=message):
+        shardckpt.load(tmp_path / "ck", {"model": other, "optimizer": restored})
+    shardckpt.load(tmp_path / "ck", {"model": other, "optimizer": restored}, strict=False)
+    assert bits(restored.state[other[2].bias]["exp_avg"]) == bits(optimizer.state[module[2].bias]["exp_avg"])
+    train(other, restored, range(2))
+
+
+def test_parameters_saved_without_state_lose_theirs(tmp_path):
+    """Frozen when it was saved: whatever a parameter has gathered since is gone, as if that time had never been."""
+    module = model()
+    module[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    train(module, optimizer, range(2))
+    shardckpt.save({"model": module, "optimizer": optimizer}, tmp_path / "ck")
+    other = model(1)
+    restored = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    train(other, restored, range(2))
+    shardckpt.load(tmp_path / "ck", {"model": other, "optimizer": restored})
+    assert contents(other, restored) == contents(module, optimizer)
+    assert sorted(restored.state_dict()["state"]) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "wrap", [partial(torch.compile, backend="eager"), nn.DataParallel], ids=["compiled", "wrapped"]
+)
+def test_names_do_not_know_of_wrappers(tmp_path, wrap):
+    """State saved of a compiled or wrapped module is that of the module, and the reverse; of parts of it too."""
+    module = model()
+    optimizer = torch.optim.AdamW(module.parameters())
+    train(module, optimizer, range(2))
+    parts = model(2)
+    parts[0] = wrap(parts[0])
+    for number, (saved, live) in enumerate([(wrap(module), model(1)), (module, wrap(model(1))), (module, parts)]):
+        shardckpt.save({"model": saved, "optimizer": optimizer}, tmp_path / str(number))
+        restored = torch.optim.AdamW(live.parameters())
+        shardckpt.load(tmp_path / str(number), {"model": live, "optimizer": restored})
+        assert contents(live, restored) == contents(module, optimizer)
+
+
+@pytest.mark.parametrize("saved", [{"fused": True}, {"foreach": True}, {"amsgrad": True}, {}], ids=str)
+@pytest.mark.parametrize("live", [{"fused": True}, {"foreach": True}, {"amsgrad": True}, {}], ids=str)
+def test_options_that_choose_an_implementation_come_along(tmp_path, saved, live):
+    """As with torch's own state dicts, whose result this is compared with; and the next step works."""
+    module = model()
+    optimizer = torch.optim.Adam(module.parameters(), **saved)
+    train(module, optimizer, range(2))
+    shardckpt.save({"model": module, "optimizer": optimizer}, tmp_path / "ck")
+    ours, theirs = model(1), model(1)
+    restored, expected = (torch.optim.Adam(one.parameters(), **live) for one in (ours, theirs))
+    shardckpt.load(tmp_path / "ck", {"model": ours, "optimizer": restored})
+    theirs.load_state_dict(module.state_dict())
+    expected.load_state_dict(optimizer.state_dict())
+    assert contents(ours, restored) == contents(theirs, expected)
+    train(ours, restored, range(2))
+    train(theirs, expected, range(2))
+    assert contents(ours, restored) == contents(theirs, expected)
+
+
+def test_odd_kinds_of_state(tmp_path):
+    """Steps that are numbers, state for sparse gradients and for matrices alone: back as they were."""
+    module = model()
+    adam = torch.optim.AdamW(module.parameters())
+    train(module, adam, range(2))
+    table = nn.Embedding(5, 4, sparse=True)
+    sparse = torch.optim.SparseAdam(table.parameters())
+    table(torch.tensor([1, 2])).sum().backward()
+    sparse.step()
+    matrix = nn.Linear(5, 5, bias=False)
+    muon = torch.optim.Muon(matrix.parameters())
+    train(matrix, muon, range(2))
+    shardckpt.save({"m": [module, table, matrix], "o": [adam, sparse, muon]}, tmp_path / "ck")
+    others = [model(1), nn.Embedding(5, 4, sparse=True), nn.Linear(5, 5, bias=False)]
+    restored = [
+        torch.optim.AdamW(others[0].parameters()),
+        torch.optim.SparseAdam(others[1].parameters()),
+        torch.optim.Muon(others[2].parameters()),
+    ]
+    shardckpt.load(tmp_path / "ck", {"m": others, "o": restored})
+    for one, two, mine, theirs in zip(others, [module, table, matrix], restored, [adam, sparse, muon], strict=True):
+        assert contents(one, mine) == contents(two, theirs)
+    assert type(restored[1].state[others[1].weight]["step"]) is int
+
+
+def test_lbfgs_forgets_and_keeps_lists(tmp_path):
+    """Its nested lists come back as lists into a fresh one, and a fresh one saved makes a stepped one forget."""
+    module = model()
+    optimizer = torch.optim.LBFGS(module.parameters(), max_iter=3)
+    shardckpt.save({"model": module, "optimizer": optimizer}, tmp_path / "fresh")
+    train(module, optimizer, range(1))
+    shardckpt.save({"model": module, "optimizer": optimizer}, tmp_path / "stepped")
+    other = model(1)
+    restored = torch.optim.LBFGS(other.parameters(), max_iter=3)
+    shardckpt.load(tmp_path / "stepped", {"model": other, "optimizer": restored})
+    state = restored.state[other[0].weight]
+    assert type(state["old_dirs"]) is list
+    assert state["func_evals"] == optimizer.state[module[0].weight]["func_evals"] > 0
+    shardckpt.load(tmp_path / "fresh", {"model": other, "optimizer": restored})
+    assert restored.state_dict()["state"] == {}
+
+
+def test_a_plain_state_dict_of_another_structure(tmp_path):
+    """Known by index alone, it can't be told apart: refused with the group and both counts, and nothing changed."""
+    module = model()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.3)
+    train(module, optimizer, range(2))
+    shardckpt.save({"optimizer": optimizer.state_dict()}, tmp_path / "ck")
+    halves = torch.optim.AdamW([{"params": module[0].parameters()}, {"params": module[2].parameters()}])
+    with pytest.raises(StateMismatchError, match=r"param_groups\.0: 2 parameters here, 4 in the checkpoint"):
+        shardckpt.load(tmp_path / "ck", {"optimizer": halves})
+    assert halves.param_groups[0]["lr"] == 1e-3
+    assert not halves.state
+
+
+def test_an_optimizer_that_gives_no_state_is_named(tmp_path):
+    """Like a ZeroRedundancyOptimizer before it has been consolidated: where it stands, and its own words."""
+
+    class Scattered(torch.optim.SGD):
+        def state_dict(self) -> dict[str, Any]:
+            raise RuntimeError("call consolidate_state_dict first")
+
+    state = {"optimizers": [Scattered(model().parameters())]}
+    with pytest.raises(shardckpt.UnserialisableError, match=r"Scattered at 'optimizers\.0'.*consolidate_state_dict"):
+        shardckpt.save(state, tmp_path / "ck")
+    assert not (tmp_path / "ck").exists()
 
 
 def test_parameters_outside_every_module_go_by_place(tmp_path):

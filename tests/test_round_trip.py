@@ -153,7 +153,7 @@ def test_overlapping_views_are_not_confused(tmp_path):
 
 
 def test_tied_at_save_untied_at_load_and_the_reverse(tmp_path):
-    """Each live tensor gets its value; of two values for one memory the last counts, as load_state_dict has it."""
+    """Each live tensor gets its value; that one memory can keep only one of two is never passed over in silence."""
     shared = torch.randn(5)
     shardckpt.save({"a": shared, "b": shared}, tmp_path / "tied")
     live = {"a": torch.zeros(5), "b": torch.ones(5)}
@@ -162,8 +162,13 @@ def test_tied_at_save_untied_at_load_and_the_reverse(tmp_path):
     assert torch.equal(live["b"], shared)
     assert live["a"].data_ptr() != live["b"].data_ptr()
     shardckpt.save({"a": torch.zeros(5), "b": torch.ones(5)}, tmp_path / "untied")
-    shardckpt.load(tmp_path / "untied", {"a": shared, "b": shared})
-    assert torch.equal(shared, torch.ones(5))
+    before = shared.clone()
+    with pytest.raises(StateMismatchError, match="b: one memory with 'a' here, another tensor in the checkpoint"):
+        shardckpt.load(tmp_path / "untied", {"a": shared, "b": shared})
+    assert torch.equal(shared, before)
+    report = shardckpt.load(tmp_path / "untied", {"a": shared, "b": shared}, strict=False)
+    assert (report.restored, len(report.mismatched)) == (["a"], 1)
+    assert torch.equal(shared, torch.zeros(5))
 
 
 PLAIN = {

@@ -251,7 +251,12 @@ class _Flattener:
 
     def _optimizer(self, value: torch.optim.Optimizer | names.OptimizerState, path: str) -> Json:
         optimizer = names.optimizer_of(value)
-        state_dict = value.state_dict if isinstance(value, names.OptimizerState) else optimizer.state_dict()
+        try:
+            state_dict = value.state_dict if isinstance(value, names.OptimizerState) else optimizer.state_dict()
+        except RuntimeError as error:  # a ZeroRedundancyOptimizer has none before it has been consolidated
+            raise UnserialisableError(
+                f"the {type(optimizer).__name__} at {path or 'the root'!r} gave no state dict: {error}"
+            ) from error
         named = names.optimizer_parameter_names(value, self._parameters)
         if not names.is_torch_format(state_dict, named):
             return self.node(dict(state_dict), path, True)

@@ -53,7 +53,7 @@ class Match(Maker):
         self.parameters = parameters
         self._convert_dtype = convert_dtype
         self.strict = strict
-        self._filled: dict[Hashable, int] = {}
+        self._filled: dict[Hashable, str] = {}
 
     def allocate(self) -> list[LocalTensor]:
         """Allocate what is new; returns everything to be filled."""
@@ -95,7 +95,7 @@ class Match(Maker):
             )
             self.differences.mismatched.append(f"{path}: a tensor here, but {found} in the checkpoint")
         elif self.fits(live, name, path):
-            self.fill(live, name)
+            self.fill(live, name, path)
         return lambda: live
 
     def fits(self, live: Tensor, name: str, path: str) -> bool:
@@ -115,18 +115,30 @@ class Match(Maker):
             self.differences.mismatched.append(f"{path}: {why}")
         return not why
 
-    def fill(self, live: Tensor, name: str) -> None:
-        """Have a live tensor read in place. Of several stored tensors for one memory the last counts, as in torch."""
+    def fill(self, live: Tensor, name: str, path: str) -> None:
+        """Have a live tensor read in place. Of several stored tensors for one memory the first counts.
+
+        That they are tied here and were not when they were saved is a difference, as only one of them can be kept.
+        """
+        target = local_tensor(self.manifest.aliases.get(name, name), live, split=False)
+        other = self.filled_from(live)
+        if other not in (None, target.fqn):
+            self.differences.mismatched.append(
+                f"{path}: one memory with {other!r} here, another tensor in the checkpoint; only {other!r} is kept"
+            )
+            return
         self.restored.append(name)
         self.meshes.add(name, live)
         key = memory_key(live)
-        target = local_tensor(self.manifest.aliases.get(name, name), live, split=False)
-        if key is not None and key in self._filled:
-            self.targets[self._filled[key]] = target
-            return
-        if key is not None:
-            self._filled[key] = len(self.targets)
-        self.targets.append(target)
+        if other is None:
+            self.targets.append(target)
+            if key is not None:
+                self._filled[key] = target.fqn
+
+    def filled_from(self, live: Tensor) -> str | None:
+        """The stored tensor that the memory of ``live`` is to be filled from; None where none is known of yet."""
+        key = memory_key(live)
+        return None if key is None else self._filled.get(key)
 
     def _dict(self, live: dict[Any, Any], node: Json, path: str) -> Thunk:
         saved = self.items(node, path)

@@ -1,8 +1,9 @@
 """Optimizers as restore targets: state finds its parameter by name, and nothing is ever stepped."""
 # ruff: noqa: SLF001 - torch offers no public way to ask an optimizer for its loading hooks
 
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from shardckpt.manifest import TensorEntry
 from shardckpt.state import names, values
 from shardckpt.state.beside import as_part, like_parameter
-from shardckpt.state.skeleton import optimizer_node
+from shardckpt.state.skeleton import optimizer_node, tensor_name
 
 if TYPE_CHECKING:
     from shardckpt.state.fresh import Thunk
@@ -26,8 +27,8 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
     """Match an optimizer with what was saved of one.
 
     State that the optimizer has already is read in place. State that it lacks is allocated, shaped and sharded like its
-    parameter where it has the parameter's shape. Param groups take their options from the saved group that held their
-    parameters, or, if they are empty, from the group at their place.
+    parameter where it has the parameter's shape. Param groups take their options from the saved group that held most of
+    their parameters; those without parameters, in order, from the saved groups without.
     """
     optimizer = names.optimizer_of(live)
     live_names = names.optimizer_parameter_names(live, match.parameters)
@@ -50,26 +51,39 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
         for name, parameter in zip(group_names, group["params"], strict=True)
     }
     groups_path = names.child_path(path, "param_groups")
-    match.differences.missing += [f"{groups_path}: {name}" for name in parameters if name not in saved_names]
-    match.differences.unexpected += [f"{groups_path}: {name}" for name in saved_names if name not in parameters]
-    saved_groups = _saved_groups(live_names, body["param_groups"])
+    sources = _sources(parameters, saved_names, match.manifest.aliases)
+    match.differences.missing += [f"{groups_path}: {name}" for name in parameters if name not in sources]
+    used = set(sources.values())
+    match.differences.unexpected += [f"{groups_path}: {name}" for name in saved_names if name not in used]
+    holders = _holders(live_names, body["param_groups"], sources)
+    match.differences.mismatched += _conflicts(holders, live_names, body["param_groups"], sources, groups_path)
+    empty = iter([group for group in body["param_groups"] if not group["params"]])
+    saved_groups = [
+        body["param_groups"][found[0]] if found else None if group_names else next(empty, None)
+        for found, group_names in zip(holders, live_names, strict=True)
+    ]
     step_on_device = {
         name: saved is not None and _counts_on_device(saved["options"])
         for group_names, saved in zip(live_names, saved_groups, strict=True)
         for name in group_names
     }
     state_path = names.child_path(path, "state")
+    for name, source in list(sources.items()):
+        why = _misfit(match, parameters[name], source, body["state"].get(source))
+        if why:
+            match.differences.mismatched.append(f"{state_path}: {name}: {why}")
+            del sources[name]
     state = {
         name: _match_state(
             match,
             optimizer.state.get(parameters[name], {}),
-            parameters[name],
-            item,
-            names.child_path(state_path, name),
+            Beside(parameters[name], name if name != source else None),
+            body["state"][source],
+            names.child_path(state_path, source),
             step_on_device[name],
         )
-        for name, item in body["state"].items()
-        if name in parameters
+        for name, source in sources.items()
+        if source in body["state"]
     }
     options: list[Thunk] = [
         match.new(saved["options"], names.child_path(groups_path, index)) if saved is not None else dict
@@ -82,7 +96,7 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
         named_state = {name: {key: thunk() for key, thunk in thunks.items()} for name, thunks in state.items()}
         state_dict = _as_state_dict(live_names, named_state, loose(), [thunk() for thunk in options], rest())
         if is_stock:
-            _load_state_dict(optimizer, state_dict, [parameters[name] for name in saved_names if name in parameters])
+            _load_state_dict(optimizer, state_dict, [parameters[name] for name in sources])
         else:
             optimizer.load_state_dict(state_dict)
         return live
@@ -146,19 +160,47 @@ def _by_place(body: dict[str, Json], live_names: list[list[str]]) -> dict[str, J
     }
 
 
+def _sources(
+    parameters: Mapping[str, Tensor], saved_names: Mapping[str, None], aliases: Mapping[str, str]
+) -> dict[str, str]:
+    """The saved parameter whose state each live one takes: that of its name, or the one that it was tied to."""
+    tied: dict[str, str] = {}
+    for name in saved_names:
+        tied.setdefault(aliases.get(name, name), name)
+    found = {name: name if name in saved_names else tied.get(aliases.get(name, name)) for name in parameters}
+    return {name: source for name, source in found.items() if source is not None}
+
+
+def _misfit(match: "Match", parameter: Tensor, source: str, node: Json) -> str:
+    """Why saved state is not for a parameter that has changed its shape since; such state would fail at a step."""
+    saved = match.manifest.resolve(source)
+    items = match.items(node, source) if node is not None else None
+    if not items or saved is None or tuple(saved.shape) == tuple(parameter.shape):
+        return ""
+    stored = [match.entry(name) for name in map(tensor_name, items.values()) if name is not None]
+    if any(tuple(entry.shape) == tuple(parameter.shape) for entry in stored):
+        return ""  # what is saved of the parameter has another form than the parameter itself
+    return f"of a parameter of shape {tuple(parameter.shape)} here, {tuple(saved.shape)} in the checkpoint"
+
+
 def _match_state(
-    match: "Match", live: Mapping[str, Any], parameter: Tensor, node: Json, path: str, step_on_device: bool
+    match: "Match", live: Mapping[str, Any], beside: "Beside", node: Json, path: str, step_on_device: bool
 ) -> "dict[Any, Thunk]":
     thunks: dict[Any, Thunk] = {}
     for key, item in (match.items(node, path) or {}).items():
         child = names.child_path(path, key)
         value = live.get(key)
         name = item.get("$tensor") if isinstance(item, dict) else None
-        part = as_part(value, parameter) if isinstance(value, Tensor) else None
-        if part is not None and name is not None and _same_kind(match, part, name):
+        part = as_part(value, beside.parameter) if isinstance(value, Tensor) else None
+        if (
+            part is not None
+            and name is not None
+            and _same_kind(match, part, name)
+            and match.filled_from(part) in (None, match.manifest.aliases.get(name, name))
+        ):
             thunks[key] = _filled(match.tensor(part, item, child), value)
         else:
-            thunks[key] = match.new(item, child, Beside(parameter, is_step=key == "step" and not step_on_device))
+            thunks[key] = match.new(item, child, replace(beside, is_step=key == "step" and not step_on_device))
     return thunks
 
 
@@ -180,7 +222,9 @@ class Beside:
     """
 
     parameter: Tensor
-    is_step: bool
+    twin: str | None
+    """The parameter's name where the state is that of another one, to which it was tied; each has its own from now."""
+    is_step: bool = False
     """It is a step counter that is counted on the CPU; the policy is that of torch's ``Optimizer.load_state_dict``."""
 
     def _is_shaped(self, entry: TensorEntry) -> bool:
@@ -190,7 +234,7 @@ class Beside:
         place: Hashable = None
         if isinstance(self.parameter, DTensor):
             place = id(self.parameter) if self._is_shaped(entry) else self.parameter.device_mesh
-        return self.parameter.device, self.is_step, place
+        return self.parameter.device, self.is_step, self.twin, place
 
     def make(self, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
         if self._is_shaped(entry):
@@ -205,17 +249,50 @@ def _counts_on_device(options: Json) -> bool:
     return any(key in ("fused", "capturable") and value is True for key, value in pairs)
 
 
-def _saved_groups(live_names: list[list[str]], saved: list[dict[str, Json]]) -> list[dict[str, Json] | None]:
-    """For each live param group the saved group whose options it takes."""
-    holder = {name: group for group in saved for name in group["params"]}
-    found: list[dict[str, Json] | None] = []
-    for index, group_names in enumerate(live_names):
-        at_place = saved[index] if index < len(saved) else None
-        if at_place is not None and (not group_names or set(group_names) & set(at_place["params"])):
-            found.append(at_place)
-        else:
-            found.append(next(filter(None, map(holder.get, group_names)), None))
+def _holders(live_names: list[list[str]], saved: list[dict[str, Json]], sources: Mapping[str, str]) -> list[list[int]]:
+    """For each live param group the saved groups that held its parameters; the one that held most of them first."""
+    indices: defaultdict[str, list[int]] = defaultdict(list)
+    for index, group in enumerate(saved):
+        for name in group["params"]:
+            indices[name].append(index)
+    found = []
+    for place, group_names in enumerate(live_names):
+        counts = Counter(index for name in group_names if name in sources for index in indices[sources[name]])
+        found.append(sorted(counts, key=lambda index: (-counts[index], index != place, index)))
     return found
+
+
+def _conflicts(
+    holders: list[list[int]],
+    live_names: list[list[str]],
+    saved: list[dict[str, Json]],
+    sources: Mapping[str, str],
+    path: str,
+) -> list[str]:
+    """A line for each live param group that unites saved ones of different options, of which it can have but one's."""
+    lines = []
+    for place, (indices, group_names) in enumerate(zip(holders, live_names, strict=True)):
+        if len(indices) < 2:
+            continue
+        taken, *others = (_options(saved[index]) for index in indices)
+        apart = {sources[name] for name in group_names if name in sources} - set(saved[indices[0]]["params"])
+        differ = {
+            key
+            for index, other in zip(indices[1:], others, strict=True)
+            for key in taken.keys() | other.keys()
+            if apart & set(saved[index]["params"]) and taken.get(key) != other.get(key)
+        }
+        if differ:
+            lines.append(
+                f"{names.child_path(path, place)}: one group here, groups {', '.join(map(str, sorted(indices)))} in the"
+                f" checkpoint, which differ in {', '.join(sorted(differ))}; all would take those of group {indices[0]}"
+            )
+    return lines
+
+
+def _options(group: Mapping[str, Json]) -> dict[str, Json]:
+    pairs = values.pairs_of(group["options"]) or []
+    return {str(key): value for key, value in pairs if key != "param_names"}
 
 
 def _as_state_dict(
