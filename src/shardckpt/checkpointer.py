@@ -18,7 +18,7 @@ from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, turn
 from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError
 from shardckpt.loading import MapLocation, OpenCheckpoint
-from shardckpt.options import Compression, Path, SaveOptions
+from shardckpt.options import Compression, Path, SaveOptions, ShareReads
 from shardckpt.reports import SaveReport
 from shardckpt.saving import AliasJob, Job, Opening, SaveJob, Structure
 from shardckpt.staging import StagingPool, stage
@@ -51,6 +51,9 @@ class Checkpointer:
             caller waits for the disk. By default as much as this rank's shard.
         timeout: seconds to wait for the other ranks to make the same call.
         commit_timeout: seconds to wait in the background for the other ranks to finish writing.
+        share_reads: whether ranks that want the same stored bytes read them for each other and pass them on, over
+            gloo, in the foreground of a load: True, False, or "auto": where that spares much, and a short trial at the
+            start of the load shows that it is faster.
         alone: agree with no other rank, whatever process group there is.
     """
 
@@ -65,6 +68,7 @@ class Checkpointer:
         staging_limit: int | None = None,
         timeout: float = 600.0,
         commit_timeout: float = 1800.0,
+        share_reads: ShareReads = "auto",
         alone: bool = False,
     ) -> None:
         self._storage_options = options.mapping("storage_options", storage_options)
@@ -72,6 +76,7 @@ class Checkpointer:
         self._staging_limit = None if staging_limit is None else options.positive("staging_limit", staging_limit)
         self._timeout = options.positive("timeout", timeout)
         self._commit_timeout = options.positive("commit_timeout", commit_timeout)
+        self._share_reads = options.share_reads(share_reads)
         self._alone = alone
         self._pool = StagingPool()
         self._background = Background()
@@ -286,7 +291,13 @@ class Checkpointer:
         operation = self._begin(f"load({os.fspath(path)!r})") if collective else coordinator.begin_alone()
         place, storage, manifest = loading.read_manifest(path, self._options(storage_options), operation)
         return OpenCheckpoint(
-            place, manifest, storage, pool=self._pool, begin=self._begin, patience=self._commit_timeout
+            place,
+            manifest,
+            storage,
+            pool=self._pool,
+            begin=self._begin,
+            patience=self._commit_timeout,
+            share_reads=self._share_reads,
         )
 
     def _overwritten(self, opened: OpenCheckpoint, error: Exception) -> bool:

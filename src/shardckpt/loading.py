@@ -14,7 +14,7 @@ from torch import Tensor
 from shardckpt import commit, filenames
 from shardckpt import manifest as mf
 from shardckpt.box import full_box
-from shardckpt.coordinator import Operation, turn
+from shardckpt.coordinator import Operation, begin_alone, turn
 from shardckpt.errors import (
     CorruptCheckpointError,
     LoadFailedError,
@@ -25,9 +25,9 @@ from shardckpt.errors import (
     UsageError,
 )
 from shardckpt.manifest import Manifest
-from shardckpt.options import Path
+from shardckpt.options import Path, ShareReads
 from shardckpt.planner import Wanted
-from shardckpt.reader import ReadStats, Target, check_files, read_bytes, read_targets
+from shardckpt.reader import ReadStats, Target, check_files, read_bytes, read_together
 from shardckpt.reports import LoadReport
 from shardckpt.staging import StagingPool
 from shardckpt.state import Differences, Match, meshes, parameter_names, together
@@ -77,10 +77,12 @@ class OpenCheckpoint:
         pool: StagingPool,
         begin: Callable[[str], Operation],
         patience: float,
+        share_reads: ShareReads,
     ) -> None:
         """``pool`` is the memory to read through; ``begin`` starts an operation of all ranks, for `restore`.
 
-        ``patience`` is how many seconds longer one rank may read than another.
+        ``patience`` is how many seconds longer one rank may read than another, and ``share_reads`` whether they read
+        for each other.
         """
         self.path = path
         self.manifest = manifest
@@ -88,6 +90,7 @@ class OpenCheckpoint:
         self._pool = pool
         self._begin = begin
         self._patience = patience
+        self._share_reads = share_reads
 
     def keys(self) -> list[Any]:
         """The top-level keys of the state."""
@@ -147,7 +150,7 @@ class OpenCheckpoint:
             check_files(self.manifest, self.storage, [Wanted(t.fqn, box) for t in match.targets for box in t.boxes])
         with turn(operation, "restore", self._patience):
             try:
-                self._fill(match, convert_dtype=convert_dtype, stats=stats)
+                self._fill(match, convert_dtype=convert_dtype, stats=stats, operation=operation)
                 stats.placing = True
                 place()
             except Exception as error:
@@ -163,6 +166,7 @@ class OpenCheckpoint:
             skipped=differences.skipped,
             bytes_read=stats.bytes_read,
             seconds=time.monotonic() - started,
+            bytes_received=stats.bytes_received,
         )
 
     def read_tensor(self, name: str, *, map_location: MapLocation = None) -> Tensor:
@@ -195,14 +199,28 @@ class OpenCheckpoint:
         check_files(self.manifest, self.storage, wanted)
         self._fill(match, convert_dtype=False, stats=ReadStats())
 
-    def _fill(self, match: Match, *, convert_dtype: bool, stats: ReadStats) -> None:
-        try:
-            targets = _targets(match.allocate())
-        except (RuntimeError, MemoryError) as error:
-            raise LoadFailedError(
-                f"{self.path}: no memory for what is to be restored: {_first_line(error)}."
-            ) from error
-        read_targets(self.manifest, self.storage, targets, pool=self._pool, convert_dtype=convert_dtype, stats=stats)
+    def _fill(self, match: Match, *, convert_dtype: bool, stats: ReadStats, operation: Operation | None = None) -> None:
+        """Read the tensors of a match; with ``operation``, all its ranks do, and may read for each other."""
+
+        def targets() -> list[Target]:
+            try:
+                return _targets(match.allocate())
+            except (RuntimeError, MemoryError) as error:
+                raise LoadFailedError(
+                    f"{self.path}: no memory for what is to be restored: {_first_line(error)}."
+                ) from error
+
+        read_together(
+            self.manifest,
+            self.storage,
+            targets,
+            operation=operation or begin_alone(),
+            share=self._share_reads,
+            patience=self._patience,
+            pool=self._pool,
+            convert_dtype=convert_dtype,
+            stats=stats,
+        )
         match.settle()
 
     def _load_objects(self, match: Match, map_location: MapLocation, weights_only: bool | None) -> None:

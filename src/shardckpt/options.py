@@ -1,4 +1,4 @@
-"""The options of a save: what they may be."""
+"""The options of saves and loads: what they may be."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from shardckpt.errors import UsageError
 
 Compression = Literal["zstd"] | tuple[Literal["zstd"], int] | None
 Path = str | os.PathLike[str]
+ShareReads = Literal["auto"] | bool
 
 _DEFAULT_LEVEL: Final = 1
 """zstd's level where none is named: checkpoints are written often, and noise compresses no better at higher ones."""
@@ -48,6 +49,14 @@ def codec(compression: Any) -> tuple[str, int] | None:
         case ("zstd", int(level)) if type(level) is int and 1 <= level <= 22:
             return "zstd", level
     raise UsageError(f"compression is None, 'zstd' or ('zstd', level from 1 to 22), not {compression!r}")
+
+
+def share_reads(value: Any) -> ShareReads:
+    """``value``, if it is "auto", True or False."""
+    match value:
+        case bool() | "auto":
+            return value
+    raise UsageError(f"share_reads is 'auto', True or False, not {value!r}")
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class LoadReport:
     bytes_read: int
     """By this rank, from the storage."""
     seconds: float
+    bytes_received: int = 0
+    """By this rank, from others that read them for it; see ``share_reads`` of `shardckpt.Checkpointer`."""
 
     def __repr__(self) -> str:
         differences = "".join(
@@ -57,8 +59,9 @@ class LoadReport:
             for name in ("missing", "unexpected", "mismatched", "skipped")
             if getattr(self, name)
         )
+        received = f" and {_size(self.bytes_received)} received" if self.bytes_received else ""
         return (
-            f"LoadReport({self.path!r}, {len(self.restored)} tensors, {_size(self.bytes_read)} read in"
+            f"LoadReport({self.path!r}, {len(self.restored)} tensors, {_size(self.bytes_read)} read{received} in"
             f" {self.seconds:.3f} s{differences})"
         )
 

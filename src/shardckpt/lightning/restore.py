@@ -203,6 +203,7 @@ class Reading:
             pool=pool,
             begin=lambda _: coordinator.begin_alone(),
             patience=0.0,
+            share_reads=False,
         )
         try:
             return here.materialise(place, map_location=self._map_location, weights_only=self._weights_only)

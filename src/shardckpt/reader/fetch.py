@@ -6,6 +6,7 @@ bytes of an entry, or one compressed frame of it. Cells that lie close together 
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, Generic, NamedTuple, TypeVar
@@ -54,6 +55,12 @@ class Extent(Generic[T]):
             return bisect_right(self._ends, room)
         return -(-self.nbytes // DIGEST_BLOCK) if room >= self.nbytes else max(0, room) // DIGEST_BLOCK
 
+    def narrowed(self, cells: Sequence[tuple[int, int]], subject: T) -> "Extent[T]":
+        """The same entry, of which other cells are wanted, for another purpose."""
+        other = copy(self)
+        other.cells, other.subject = cells, subject
+        return other
+
 
 class Run(NamedTuple, Generic[T]):
     """Cells of one entry that lie in one range."""
@@ -71,7 +78,7 @@ class Run(NamedTuple, Generic[T]):
 
 @dataclass(eq=False)
 class Range(Generic[T]):
-    """Bytes [start, stop) of a file, to be read at once into one block of `BLOCK` bytes."""
+    """Bytes [start, stop) of a file, to be read at once into one block."""
 
     start: int
     """A multiple of `PAGE`."""
@@ -79,12 +86,13 @@ class Range(Generic[T]):
     runs: list[Run[T]]
 
 
-def ranges(extents: Iterable[Extent[T]]) -> Iterator[Range[T]]:
+def ranges(extents: Iterable[Extent[T]], *, most: int | None = None) -> Iterator[Range[T]]:
     """The wanted cells of one file's entries, each exactly once, as ranges in ascending order.
 
-    A range starts at a multiple of `PAGE`, is `BLOCK` bytes long at most, and holds unwanted stretches of up to `GAP`
-    bytes. A single cell with what alignment adds must fit into a block.
+    A range starts at a multiple of `PAGE`, is `most` bytes long at most (by default `BLOCK`), and holds unwanted
+    stretches of up to `GAP` bytes. A single cell may be longer, but with what alignment adds must fit into a block.
     """
+    most = BLOCK if most is None else most
     current: Range[T] | None = None
     for extent in sorted(extents, key=lambda extent: extent.offset):
         for first, stop in extent.cells:
@@ -96,14 +104,15 @@ def ranges(extents: Iterable[Extent[T]]) -> Iterator[Range[T]]:
                 if current is None:
                     current = Range(start - start % PAGE, start, [])
                 fitting, end = stop, extent.start_of(stop)
-                if end > current.start + BLOCK:
-                    fitting = min(stop, extent.cells_before(current.start + BLOCK))
+                if end > current.start + most:
+                    fitting = min(stop, extent.cells_before(current.start + most))
+                    if fitting <= first and current.runs:
+                        yield current
+                        current = None
+                        continue
+                    fitting = max(fitting, first + 1)
                     end = extent.start_of(fitting)
-                if fitting <= first:
-                    assert current.runs, f"a cell at byte {start} is larger than a block"
-                    yield current
-                    current = None
-                    continue
+                    assert end <= current.start + BLOCK, f"a cell at byte {start} is larger than a block"
                 current.runs.append(Run(extent, first, fitting, start, end))
                 current.stop = max(current.stop, end)
                 first = fitting

@@ -1,6 +1,7 @@
 """The files that a read needs: checked before anything is placed, then verified block by block."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Final
 
 import torch
@@ -38,6 +39,7 @@ class Piece:
         "_torch_dtype",
         "box",
         "dtype",
+        "entry",
         "fqn",
         "nbytes",
         "offset",
@@ -46,6 +48,8 @@ class Piece:
 
     def __init__(self, fqn: str, tensor: TensorEntry, shard: int, box: Box, placements: Sequence[Placement]) -> None:
         self.fqn = fqn
+        self.entry = fqn, shard
+        """The tensor's name and the number of its stored box."""
         self.box = box
         self.dtype = tensor.dtype
         self.offset = tensor.offset[shard]
@@ -56,6 +60,12 @@ class Piece:
         self._compressed = False
         self._digests = ""
         self._name = ""
+
+    def also(self, placements: Sequence[Placement]) -> "Piece":
+        """The same entry, wanted for more."""
+        other = copy(self)
+        other.placements = [*self.placements, *placements]
+        return other
 
     def extent(self, entry: ShardEntry, name: str) -> "Extent[Piece]":
         """Which of its bytes to read, now that `entry` of the rank's manifest is known; `name` is the file's.
@@ -130,8 +140,8 @@ class ShardFile:
         self._file = file
         self.size = file.size
         self.pieces: list[Piece] = []
-        self.extents: list[Extent[Piece]] = []
-        """The same pieces as ranges of bytes, after `open`."""
+        self.extents: dict[tuple[str, int], Extent[Piece]] = {}
+        """The same pieces as ranges of bytes, by `Piece.entry`, after `open`."""
 
     def check(self) -> None:
         """Check that the file and its rank's manifest are there, of the right size.
@@ -158,13 +168,15 @@ class ShardFile:
         manifest = self._rank_manifest(data)
         entries = {(entry.fqn, entry.offset): entry for entry in manifest.entries.values()}
         where = self._where(self._file.name)
+        extents = {}
         for piece in self.pieces:
             entry = entries.get((piece.fqn, piece.offset))
             if entry is None:
                 raise CorruptCheckpointError(
                     f"{self._where(self._file.manifest)} doesn't list tensor {piece.fqn!r} at byte {piece.offset}"
                 )
-            self.extents.append(piece.extent(entry, where))
+            extents[piece.entry] = piece.extent(entry, where)
+        self.extents = extents
         return len(data)
 
     def read_into(self, offset: int, into: memoryview) -> None:

@@ -3,10 +3,10 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import chain
 from typing import Final, NamedTuple
 
 import torch
@@ -17,15 +17,17 @@ from shardckpt.codecs import DTYPE_NAMES, digest, digests_text, torch_dtype
 from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StateMismatchError, UsageError
 from shardckpt.manifest import Manifest
 from shardckpt.planner import ReadItem, Wanted, plan_load
-from shardckpt.reader.fetch import PAGE, Range, ranges
+from shardckpt.reader.fetch import PAGE, Extent, Range, ranges, union
 from shardckpt.reader.place import Placement, Target
 from shardckpt.reader.shards import Piece, ShardFile
 from shardckpt.staging import Budget, StagingPool
-from shardckpt.storage import Storage
+from shardckpt.storage import BLOCK, Storage
 from shardckpt.workers import THREADS, for_each
 
 READ_MEMORY: Final = 256 << 20
 """Bytes of bounce buffers that one read may hold unless the caller says otherwise."""
+MIN_RANGE: Final = 1 << 20
+"""Bytes below which a range is not cut further, so that more threads could read at the same time."""
 
 
 @dataclass
@@ -34,6 +36,8 @@ class ReadStats:
 
     bytes_read: int = 0
     """Bytes that came from the storage, including the manifests of ranks and what alignment adds."""
+    bytes_received: int = 0
+    """Bytes that came from other ranks, which read them."""
     placing: bool = False
     """Whether targets may have been changed. Set just before the first byte of one is."""
     seconds: float = 0.0
@@ -70,33 +74,148 @@ def read_targets(
             does not match its digests; names the tensor, the file and the byte.
         StorageError: the storage failed.
     """
-    start = time.perf_counter()
     stats = ReadStats() if stats is None else stats
-    devices = {target.tensor.device for target in targets if target.tensor.is_cuda}
-    # Inference tensors may be changed in inference mode only, and everything else may be there too.
-    inference = any(target.tensor.is_inference() for target in targets)
-    mode: Callable[[], AbstractContextManager[object]] = torch.inference_mode if inference else torch.no_grad
+    with timed(stats):
+        reading = Reading(
+            manifest,
+            storage,
+            targets,
+            pool=pool,
+            threads=threads,
+            read_memory=read_memory,
+            convert_dtype=convert_dtype,
+            stats=stats,
+        )
+        with reading.placing():
+            reading.everything()
+    return stats
+
+
+@contextmanager
+def timed(stats: ReadStats) -> Iterator[None]:
+    """Enclose a read, so that its statistics say how long it took."""
+    start = time.perf_counter()
     try:
-        with mode():
+        yield
+    finally:
+        stats.seconds = time.perf_counter() - start
+
+
+class Reading:
+    """What one rank reads for its targets, at once or in parts. Nothing is read before it is asked for."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        storage: Storage,
+        targets: Sequence[Target],
+        *,
+        pool: StagingPool,
+        threads: int,
+        read_memory: int,
+        convert_dtype: bool,
+        stats: ReadStats,
+    ) -> None:
+        """Arguments and errors are those of `read_targets`."""
+        # Inference tensors may be changed in inference mode only, and everything else may be there too.
+        inference = any(target.tensor.is_inference() for target in targets)
+        self.mode: Callable[[], AbstractContextManager[object]] = torch.inference_mode if inference else torch.no_grad
+        """Encloses what changes a target, in any thread."""
+        self.manifest = manifest
+        self.pool = pool
+        self.stats = stats
+        self.threads = threads
+        self._budget = Budget(pool, read_memory)
+        with self.mode():
             for target in targets:
                 _check_target(manifest, target, convert_dtype)
-            files = _files(manifest, storage, targets)
-            for_each(files, partial(_open, stats), threads=threads, name="check")
-            work = [(file, piece) for file in files for piece in ranges(file.extents)]
-            if devices:
-                pool.pin()
-            for device in devices:
-                # Threads copy on streams of their own: what training has queued on these tensors comes first.
-                torch.cuda.synchronize(device)
-            job = partial(_read, budget=Budget(pool, read_memory), mode=mode, stats=stats)
-            for_each(work, job, threads=threads, name="read")
-    finally:
-        if stats.placing:
-            # Autograd doesn't see copies of memory, and must know that what it saved has changed.
-            for target in targets:
-                increment_version(target.tensor)
-        stats.seconds = time.perf_counter() - start
-    return stats
+        self.targets: defaultdict[str, list[Target]] = defaultdict(list)
+        """By the name under which they are stored: a tensor wanted under two names is one tensor, read once."""
+        for target in targets:
+            self.targets[manifest.aliases.get(target.fqn, target.fqn)].append(target)
+        self._files = _files(manifest, storage, targets)
+        self._of = {piece.entry: (file, piece) for file in self._files for piece in file.pieces}
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """Enclose all that changes targets."""
+        devices = {target.tensor.device for target in self._all_targets() if target.tensor.is_cuda}
+        if devices:
+            self.pool.pin()
+        for device in devices:
+            # Threads copy on streams of their own: what training has queued on these tensors comes first.
+            torch.cuda.synchronize(device)
+        try:
+            with self.mode():
+                yield
+        finally:
+            if self.stats.placing:
+                # Autograd doesn't see copies of memory, and must know that what it saved has changed.
+                for target in self._all_targets():
+                    increment_version(target.tensor)
+
+    def everything(self) -> None:
+        """Fill all targets. All needed files are checked before anything is placed."""
+        self._open(self._files)
+        self._run([(file, piece) for file in self._files for piece in ranges(file.extents.values())])
+
+    def cells(
+        self,
+        wanted: Mapping[tuple[str, int], Sequence[tuple[int, int]]],
+        others: Mapping[tuple[str, int], Sequence[Placement]],
+    ) -> None:
+        """Read and verify some cells of some entries, and place what targets want of them, and `others` likewise.
+
+        `wanted`: runs of cells by stored name and shard, of entries of which some target wants something. Safe in
+        another thread than the one that encloses it in `placing`.
+        """
+        files = self.open(wanted)
+        extents: defaultdict[int, list[Extent[Piece]]] = defaultdict(list)
+        nbytes = 0
+        for entry, runs in wanted.items():
+            file, piece = self._of[entry]
+            extent = file.extents[entry]
+            cells = union(runs)
+            nbytes += sum(extent.start_of(stop) - extent.start_of(first) for first, stop in cells)
+            extents[id(file)].append(extent.narrowed(cells, piece.also(others.get(entry, ()))))
+        # As many ranges as there are threads, so that even little is read in parallel.
+        most = min(BLOCK, max(MIN_RANGE, -(-nbytes // self.threads // PAGE) * PAGE))
+        self._run([(files[key], piece) for key, found in extents.items() for piece in ranges(found, most=most)])
+
+    def open(self, wanted: Iterable[tuple[str, int]]) -> dict[int, ShardFile]:
+        """Open the files of entries, by stored name and shard, unless they are open; returns them by their ``id``."""
+        files = {id(file): file for file, _ in (self._of[entry] for entry in wanted)}
+        self._open(list(files.values()))
+        return files
+
+    def _open(self, files: Sequence[ShardFile]) -> None:
+        for_each([file for file in files if not file.extents], self._open_one, threads=self.threads, name="check")
+
+    def _open_one(self, file: ShardFile) -> None:
+        self.stats.count(file.open())
+
+    def _run(self, work: Sequence[tuple[ShardFile, Range[Piece]]]) -> None:
+        for_each(work, self._read, threads=self.threads, name="read")
+
+    def _read(self, work: tuple[ShardFile, Range[Piece]]) -> None:
+        """Read one range, and verify and place what it holds."""
+        file, wanted = work
+        block = self._budget.acquire()
+        try:
+            stop = min(-(-wanted.stop // PAGE) * PAGE, file.size)
+            memory = block.memory[: stop - wanted.start]
+            file.read_into(wanted.start, memory)
+            self.stats.count(len(memory))
+            with self.mode():
+                for run in wanted.runs:
+                    run.extent.subject.verify(run, block, wanted.start)
+                    self.stats.placing = True
+                    run.extent.subject.place(run, block, wanted.start)
+        finally:
+            block.release()
+
+    def _all_targets(self) -> Iterator[Target]:
+        return chain.from_iterable(self.targets.values())
 
 
 def check_files(manifest: Manifest, storage: Storage, wanted: Sequence[Wanted], *, threads: int = THREADS) -> None:
@@ -121,7 +240,6 @@ class _Plan(NamedTuple):
 
 
 def _plan(manifest: Manifest, storage: Storage, targets: Sequence[Target | Wanted]) -> _Plan:
-    # A tensor wanted under two names is one tensor, read once.
     names = [manifest.aliases.get(target.fqn, target.fqn) for target in targets]
     boxes: dict[str, list[Box]] = {}
     for name, target in zip(names, targets, strict=True):
@@ -175,34 +293,6 @@ def _check_target(manifest: Manifest, target: Target, convert_dtype: bool) -> No
         raise StateMismatchError(
             f"tensor {target.fqn!r} is {tensor.dtype} in the checkpoint and {dtype} here: torch can't convert that"
         ) from error
-
-
-def _open(stats: ReadStats, file: ShardFile) -> None:
-    stats.count(file.open())
-
-
-def _read(
-    work: tuple[ShardFile, Range[Piece]],
-    *,
-    budget: Budget,
-    mode: Callable[[], AbstractContextManager[object]],
-    stats: ReadStats,
-) -> None:
-    """Read one range, and verify and place what it holds."""
-    file, wanted = work
-    block = budget.acquire()
-    try:
-        stop = min(-(-wanted.stop // PAGE) * PAGE, file.size)
-        memory = block.memory[: stop - wanted.start]
-        file.read_into(wanted.start, memory)
-        stats.count(len(memory))
-        with mode():
-            for run in wanted.runs:
-                run.extent.subject.verify(run, block, wanted.start)
-                stats.placing = True
-                run.extent.subject.place(run, block, wanted.start)
-    finally:
-        block.release()
 
 
 def read_bytes(storage: Storage, name: str, offset: int, nbytes: int, digest_text: str) -> bytes:

@@ -1,0 +1,285 @@
+"""The exchange: in each round every rank reads its part, then passes on what others want of it.
+
+Reading runs one round ahead of passing on, in threads. Whatever crosses between ranks does so in the calling thread and
+over a process group of its own. That group is what a failed rank closes, so that no other waits for it any longer: the
+connections of a group that training uses must stay open.
+"""
+
+import logging
+import threading
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Final, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from shardckpt.box import Box, intersect
+from shardckpt.codecs import ITEMSIZE, torch_dtype
+from shardckpt.errors import RankTimeoutError
+from shardckpt.reader.exchange import LIMIT, Entry, Exchange, Part, Round
+from shardckpt.reader.place import Placement, Target
+from shardckpt.reader.targets import Reading
+
+log = logging.getLogger(__name__)
+
+_ALIGNMENT: Final = 16
+"""Bytes: of the widest dtype."""
+_SLACK: Final = 1 << 20
+"""Bytes of a buffer beyond `LIMIT`, for alignment."""
+
+_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
+"""Ours, by the default group that has the same ranks: a job may destroy its groups and make new ones."""
+
+
+def join_group(seconds: float) -> dist.ProcessGroup | None:
+    """The group over which ranks exchange; all ranks call. `seconds` is how long one may wait for another.
+
+    None where this rank can't have one: there is no gloo, or no connection.
+    """
+    world = dist.group.WORLD
+    assert world is not None, "ranks agree through it"
+    if world not in _groups:
+        try:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+        except (RuntimeError, ValueError) as error:
+            log.warning("the ranks read alone, since there is no gloo group over which to exchange: %s", error)
+            return None
+        _groups[world] = group
+    return _groups[world]
+
+
+def leave_group() -> None:
+    """Close this rank's connections, which is an error for whoever waits for it; the next `join_group` makes others."""
+    world = dist.group.WORLD
+    group = None if world is None else _groups.pop(world, None)
+    if group is not None:
+        dist.destroy_process_group(group)
+
+
+class _Item(NamedTuple):
+    """Elements of one entry in a message."""
+
+    entry: Entry
+    box: Box
+    """In coordinates of the whole tensor."""
+    start: int
+    """Of its bytes in the buffer."""
+    stop: int
+
+
+class _Message(NamedTuple):
+    """What one rank has for a view, or for one rank of it. Offsets are bytes of the buffer that it is in."""
+
+    who: int
+    items: list[_Item]
+    start: int
+    stop: int
+
+
+class Rounds:
+    """One rank's part in the rounds of an `Exchange`. All ranks call the same methods in the same order."""
+
+    def __init__(self, plan: Exchange, reading: Reading, rank: int, group: dist.ProcessGroup) -> None:
+        self._plan = plan
+        self._reading = reading
+        self._rank = rank
+        self._view = plan.view_of[rank]
+        self._group = group
+        # One is filled while another is sent.
+        self._sending = [_touched(LIMIT + _SLACK) for _ in range(2)]
+        self._receiving = _touched(LIMIT + _SLACK)
+        self.ended: list[float] = []
+        """When each round that was done had been passed on, in seconds of ``time.perf_counter``."""
+
+    def meet(self, failure: BaseException | None = None) -> bool:
+        """Wait for all ranks, and tell them whether this one has failed; whether none has."""
+        failed = torch.tensor([failure is not None], dtype=torch.int32)
+        with _translated():
+            dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group)
+        return not failed.item()
+
+    def run(self, rounds: Sequence[Round], failure: BaseException | None = None) -> bool:
+        """Do `rounds`, and return True; or stop, on all ranks in the same round, once one of them has failed.
+
+        A rank whose own reading or placing failed raises that error when all have been told, as it does with `failure`,
+        an error that it met before; the others return False. Of a failure to place what came in the last round they are
+        not told. Raises RankTimeoutError where a rank is gone.
+        """
+        ahead: _Ahead | None = None
+        try:
+            for number in range(len(rounds) + 1):
+                current, ahead = ahead, None
+                if current is not None:
+                    failure = current.wait() or failure
+                if failure is None and number < len(rounds):
+                    try:
+                        ahead = self._begin(rounds[number], self._sending[number % 2], number % 2)
+                    except BaseException as error:  # noqa: BLE001 - it is raised when the others know
+                        failure = error
+                if not self.meet(failure):
+                    break
+                if current is not None:
+                    failure = self._pass_on(rounds[number - 1], current)
+                    self.ended.append(time.perf_counter())
+            else:
+                if failure is None:
+                    return True
+        finally:
+            if ahead is not None:
+                ahead.wait()
+        if failure is not None:
+            raise failure
+        return False
+
+    def _begin(self, current: Round, buffer: torch.Tensor, slot: int) -> "_Ahead":
+        """Start to read this rank's part of a round, into targets and into `buffer`."""
+        parts = current.get(self._rank, ())
+        messages: list[_Message] = []
+        at = 0
+        for view in sorted({view for part in parts for view in part.views}):
+            if self._plan.views[view] != (self._rank,):
+                messages.append(self._message(view, parts, view, at))
+                at = messages[-1].stop
+        if at > len(buffer):
+            buffer = self._sending[slot] = _touched(at)
+        others: defaultdict[Entry, list[Placement]] = defaultdict(list)
+        for message in messages:
+            for item in message.items:
+                name, shard = item.entry
+                tensor = self._reading.manifest.tensors[name]
+                dtype = torch_dtype(tensor.dtype)
+                room = buffer[item.start : item.stop].view(dtype).view(item.box.lengths)
+                stored = Box(tensor.starts[shard], tensor.lengths[shard])
+                others[item.entry].append(Placement(stored, item.box, Target(name, item.box, room), dtype))
+        return _Ahead(self._reading, runs_of(parts), others, messages, buffer)
+
+    def _pass_on(self, current: Round, outgoing: "_Ahead") -> BaseException | None:
+        """Send what was read, receive what others read, and place that; returns what went wrong with placing."""
+        incoming: list[_Message] = []
+        at = 0
+        with _translated():
+            for reader, parts in sorted(current.items()):
+                if reader != self._rank:
+                    incoming.append(self._message(reader, parts, self._view, at))
+                    at = incoming[-1].stop
+            if at > len(self._receiving):
+                self._receiving = _touched(at)
+            buffer = self._receiving
+            works = [
+                dist.irecv(buffer[message.start : message.stop], message.who, group=self._group)
+                for message in incoming
+                if message.items
+            ]
+            for message in outgoing.messages:
+                if message.items:
+                    ranks = [rank for rank in self._plan.views[message.who] if rank != self._rank]
+                    # Everybody begins with the rank after its own: not all send to one at a time.
+                    for rank in sorted(ranks, key=lambda rank: (rank < self._rank, rank)):
+                        room = outgoing.buffer[message.start : message.stop]
+                        works.append(dist.isend(room, rank, group=self._group))
+            for work in works:
+                if work is not None:
+                    work.wait()
+        try:
+            for message in incoming:
+                for item in message.items:
+                    self._place(item, buffer[item.start : item.stop])
+        except BaseException as error:  # noqa: BLE001 - it is raised when the others know
+            return error
+        return None
+
+    def _place(self, item: _Item, raw: torch.Tensor) -> None:
+        name, _ = item.entry
+        dtype = torch_dtype(self._reading.manifest.tensors[name].dtype)
+        stats = self._reading.stats
+        stats.bytes_received += len(raw)
+        stats.placing = True
+        for target in self._reading.targets[name]:
+            overlap = intersect(item.box, target.box)
+            if overlap is not None:
+                Placement(item.box, overlap, target, dtype).copy(raw, dtype, 0)
+
+    def _message(self, who: int, parts: Sequence[Part], view: int, at: int) -> _Message:
+        """What a view gets of parts that one rank reads, from byte `at` of a buffer on."""
+        items: list[_Item] = []
+        start = at
+        for part in parts:
+            if view in part.views:
+                itemsize = ITEMSIZE[self._reading.manifest.tensors[part.entry[0]].dtype]
+                for box in self._plan.boxes(part, view):
+                    at = -(-at // _ALIGNMENT) * _ALIGNMENT
+                    stop = at + box.volume * itemsize
+                    items.append(_Item(part.entry, box, at, stop))
+                    at = stop
+        # The same length for sender and receiver, wherever in their buffers it starts.
+        return _Message(who, items, start, -(-at // _ALIGNMENT) * _ALIGNMENT)
+
+
+def runs_of(parts: Iterable[Part]) -> dict[Entry, list[tuple[int, int]]]:
+    """The cells of parts, as half-open runs by entry."""
+    found: defaultdict[Entry, list[tuple[int, int]]] = defaultdict(list)
+    for part in parts:
+        found[part.entry].append((part.first, part.stop))
+    return found
+
+
+class _Ahead:
+    """The reading of a round, while another is passed on."""
+
+    def __init__(
+        self,
+        reading: Reading,
+        wanted: dict[Entry, list[tuple[int, int]]],
+        others: dict[Entry, list[Placement]],
+        messages: list[_Message],
+        buffer: torch.Tensor,
+    ) -> None:
+        self.messages = messages
+        """For views, by number, in `buffer`."""
+        self.buffer = buffer
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                reading.cells(wanted, others)
+            except BaseException as error:  # noqa: BLE001 - it is raised when the others know
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="shardckpt-ahead")
+        self._thread.start()
+
+    def wait(self) -> BaseException | None:
+        """Wait until all is read, even if the user interrupts, since threads write to targets; what went wrong."""
+        while self._thread.is_alive():
+            try:
+                self._thread.join()
+            except BaseException as interruption:  # noqa: BLE001 - it is raised when the others know
+                self._error = self._error or interruption
+        return self._error
+
+
+def _touched(nbytes: int) -> torch.Tensor:
+    """Bytes whose pages are there: the first use of memory is slow, and would be taken for slow storage."""
+    return torch.zeros(nbytes, dtype=torch.uint8).fill_(1)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn the errors of a process group into ours, and let nobody wait for this rank any longer."""
+    try:
+        yield
+    except RuntimeError as error:
+        leave_group()
+        text = str(error).partition("\n")[0]
+        raise RankTimeoutError(
+            f"a rank left in the middle of a load, while ranks read for each other; look at the log of the rank that"
+            f" failed first ({text})."
+        ) from error
+    except BaseException:
+        leave_group()
+        raise

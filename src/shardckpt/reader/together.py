@@ -1,0 +1,214 @@
+"""One load by all ranks: whether they read for each other, and what they tell each other to find that out."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Final
+
+import msgspec
+import torch.distributed as dist
+import zstandard
+
+from shardckpt.box import Box
+from shardckpt.codecs import ITEMSIZE, digest, digests_text
+from shardckpt.coordinator import Operation, turn
+from shardckpt.manifest import Manifest
+from shardckpt.options import ShareReads
+from shardckpt.planner import Wanted
+from shardckpt.reader.exchange import (
+    TRIAL_ROUNDS,
+    Exchange,
+    Part,
+    Stored,
+    Trial,
+    View,
+    Wants,
+    bytes_by_file,
+    demand_of,
+    exchange_is_faster,
+    is_too_much_work,
+    most_spared,
+    wants_of,
+    worthwhile,
+)
+from shardckpt.reader.place import Target
+from shardckpt.reader.rounds import Rounds, join_group, runs_of
+from shardckpt.reader.targets import READ_MEMORY, Reading, ReadStats, read_targets, timed
+from shardckpt.staging import StagingPool
+from shardckpt.storage import BLOCK, Storage
+from shardckpt.workers import THREADS
+
+log = logging.getLogger(__name__)
+
+_MOST_WIRE_BYTES: Final = 1 << 30
+"""Of what one rank wants, as it may unpack: the others would not unpack more."""
+
+
+class _Opening(msgspec.Struct, array_like=True):
+    """What each rank says first."""
+
+    share: bool | str
+    files: dict[int, int]
+    """Bytes that this rank reads of each file if it reads alone."""
+    digest: str
+    """Of what it wants."""
+
+
+def read_together(
+    manifest: Manifest,
+    storage: Storage,
+    prepare: Callable[[], Sequence[Target]],
+    *,
+    operation: Operation,
+    share: ShareReads,
+    patience: float,
+    pool: StagingPool,
+    convert_dtype: bool,
+    stats: ReadStats,
+) -> None:
+    """Fill the targets that `prepare` makes, on every rank of `operation`; errors are those of `read_targets`.
+
+    Where several ranks want the same stored bytes, one of them may read these for all: with `share` True always, with
+    False never, and with "auto" where that spares much and a trial shows that it is faster. All ranks do the same: if
+    one says False nobody shares, and only if all say True there is no trial.
+
+    `patience` is in seconds: how long one rank may wait for another that reads. Call it in a `turn` of all ranks: the
+    last steps are made without another agreement.
+    """
+    with timed(stats):
+        if operation.world_size == 1:
+            read_targets(manifest, storage, prepare(), pool=pool, convert_dtype=convert_dtype, stats=stats)
+            return
+        with turn(operation, "wants") as said:
+            reading = Reading(
+                manifest,
+                storage,
+                prepare(),
+                pool=pool,
+                threads=THREADS,
+                read_memory=READ_MEMORY,
+                convert_dtype=convert_dtype,
+                stats=stats,
+            )
+            stored = _stored_in(manifest)
+            wants: Wants = ()
+            if share is not False:
+                wants = wants_of(Wanted(name, t.box) for name, targets in reading.targets.items() for t in targets)
+            files = bytes_by_file(demand_of(wants, stored), stored)
+            body = zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(wants))
+            said.word = msgspec.msgpack.encode(_Opening(share, files, digests_text([digest(body)])))
+        openings = [msgspec.msgpack.decode(word, type=_Opening) for word in said.heard]
+        found = _agree_on_plan(operation, openings, body, stored, patience)
+        with reading.placing():
+            if found is None:
+                reading.everything()
+            else:
+                _share(found[0], reading, operation, found[1], patience)
+
+
+def _agree_on_plan(
+    operation: Operation,
+    openings: Sequence[_Opening],
+    body: bytes,
+    stored: Callable[[str], Sequence[Stored]],
+    patience: float,
+) -> tuple[Exchange, dist.ProcessGroup] | None:
+    """The plan of an exchange, and the group for it; None where there will be none. The same on all ranks."""
+    if not all(opening.share for opening in openings):
+        return None
+    forced = all(opening.share is True for opening in openings)
+    alone = sum(sum(opening.files.values()) for opening in openings)
+    spared = most_spared([opening.files for opening in openings])
+    if not (spared if forced else worthwhile(alone, spared, operation.world_size)):
+        return None
+    digests = [opening.digest for opening in openings]
+    # What many ranks want alike crosses the wire once.
+    is_first = digests.index(digests[operation.rank]) == operation.rank
+    bodies = operation.agree("wanted", body if is_first else b"")
+    with turn(operation, "plan"):
+        views: list[View] = []
+        for mark in dict.fromkeys(digests):
+            ranks = tuple(rank for rank, other in enumerate(digests) if other == mark)
+            views.append((ranks, _unpacked(bodies[ranks[0]])))
+        if not forced and is_too_much_work(views, stored):
+            return None
+        plan = Exchange(views, stored, trial=not forced)
+        spared = plan.alone - plan.union
+        if not (plan.rounds if forced else plan.trial and worthwhile(plan.alone, spared, operation.world_size)):
+            return None
+    with turn(operation, "group") as joined:
+        group = join_group(patience)
+        joined.word = b"no" if group is None else b"yes"
+    return None if group is None or b"no" in joined.heard else (plan, group)
+
+
+def _share(plan: Exchange, reading: Reading, operation: Operation, group: dist.ProcessGroup, patience: float) -> None:
+    """Fill the targets as planned, if that is the faster way."""
+    rank = operation.rank
+    rounds = Rounds(plan, reading, rank, group)
+    left = plan.rounds
+    if plan.trial:
+        first, left = left[:TRIAL_ROUNDS], left[TRIAL_ROUNDS:]
+        with turn(operation, "trial", patience) as tried:
+            tried.word = msgspec.msgpack.encode(_try(plan, first, reading, rounds, rank))
+        seconds = [msgspec.msgpack.decode(word, type=tuple[float, float]) for word in tried.heard]
+        alone = Trial(sum(part.nbytes for part in plan.trial), max(alone for alone, _ in seconds))
+        nbytes = sum(part.nbytes for current in first[1:] for parts in current.values() for part in parts)
+        exchange = Trial(nbytes, max(exchange for _, exchange in seconds))
+        shares = exchange_is_faster(alone, exchange)
+        log.debug("a trial of reading: alone %s, by exchange %s", alone, exchange)
+        if not shares:
+            parts = [part for current in left for parts in current.values() for part in parts]
+            mine = [part for part in parts if plan.view_of[rank] in part.views]
+            reading.cells(runs_of([*plan.own[rank], *mine]), {})
+            return
+    with turn(operation, "exchange", patience):
+        rounds.run(left)
+    reading.cells(runs_of(plan.own[rank]), {})
+
+
+def _try(
+    plan: Exchange, first: Sequence[Mapping[int, Sequence[Part]]], reading: Reading, rounds: Rounds, rank: int
+) -> tuple[float, float]:
+    """Seconds that this rank takes to read the trial's parts alone, and to do the `first` rounds but the very first."""
+    alone = [part for part in plan.trial if plan.view_of[rank] in part.views]
+    failure: BaseException | None = None
+    times = [0.0, 0.0]
+    try:
+        # What only the first use costs would be taken for slowness of that way.
+        reading.pool.reserve(THREADS * BLOCK)
+        reading.open(runs_of([*alone, *(part for current in first for part in current.get(rank, ()))]))
+    except BaseException as error:  # noqa: BLE001 - it is raised when the others know
+        failure = error
+    if rounds.meet(failure):
+        started = time.perf_counter()
+        try:
+            reading.cells(runs_of(alone), {})
+        except BaseException as error:  # noqa: BLE001 - it is raised when the others know
+            failure = error
+        times[0] = time.perf_counter() - started
+        if rounds.meet(failure):
+            rounds.run(first)
+            times[1] = rounds.ended[-1] - rounds.ended[0] if rounds.ended else 0.0
+    if failure is not None:
+        raise failure
+    return times[0], times[1]
+
+
+def _stored_in(manifest: Manifest) -> Callable[[str], Sequence[Stored]]:
+    """The entries of a tensor by its name, made once for each."""
+
+    @cache
+    def stored(name: str) -> Sequence[Stored]:
+        tensor = manifest.tensors[name]
+        itemsize = ITEMSIZE[tensor.dtype]
+        columns = zip(tensor.file, tensor.offset, tensor.starts, tensor.lengths, strict=True)
+        return [Stored(file, offset, Box(start, lengths), itemsize) for file, offset, start, lengths in columns]
+
+    return stored
+
+
+def _unpacked(body: bytes) -> Wants:
+    raw = zstandard.ZstdDecompressor().decompress(body, max_output_size=_MOST_WIRE_BYTES)
+    return msgspec.msgpack.decode(raw, type=Wants)
