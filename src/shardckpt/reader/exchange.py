@@ -180,7 +180,7 @@ class Exchange:
         stored: Callable[[str], Sequence[Stored]],
         *,
         trial: bool,
-        limit: int = LIMIT,
+        limit: int,
     ) -> None:
         """Plan for all ranks, each of which is in one of the `views`, in any order that is the same on all ranks.
 
@@ -380,7 +380,10 @@ def _assign(shared: Sequence[tuple[tuple[int, ...], Sequence[Part]]], loads: lis
         ends = list(accumulate(_level([loads[rank] for rank in readers], sum(part.nbytes for part in group))))
         at = 0
         for part in group:
-            rank = readers[min(bisect_right(ends, at + part.nbytes // 2), len(readers) - 1)]
+            if len(group) > 2 * len(readers):
+                rank = readers[min(bisect_right(ends, at + part.nbytes // 2), len(readers) - 1)]
+            else:  # a stretch each can't be even
+                rank = min(readers, key=loads.__getitem__)
             assigned[rank].append(part)
             loads[rank] += part.nbytes
             at += part.nbytes

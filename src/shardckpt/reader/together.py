@@ -17,6 +17,7 @@ from shardckpt.manifest import Manifest
 from shardckpt.options import ShareReads
 from shardckpt.planner import Wanted
 from shardckpt.reader.exchange import (
+    LIMIT,
     TRIAL_ROUNDS,
     Exchange,
     Part,
@@ -133,7 +134,7 @@ def _agree_on_plan(
             views.append((ranks, _unpacked(bodies[ranks[0]])))
         if not forced and is_too_much_work(views, stored):
             return None
-        plan = Exchange(views, stored, trial=not forced)
+        plan = Exchange(views, stored, trial=not forced, limit=LIMIT)
         spared = plan.alone - plan.union
         if not (plan.rounds if forced else plan.trial and worthwhile(plan.alone, spared, operation.world_size)):
             return None
@@ -153,7 +154,10 @@ def _share(plan: Exchange, reading: Reading, operation: Operation, group: dist.P
         with turn(operation, "trial", patience) as tried:
             tried.word = msgspec.msgpack.encode(_try(plan, first, reading, rounds, rank))
         seconds = [msgspec.msgpack.decode(word, type=tuple[float, float]) for word in tried.heard]
-        alone = Trial(sum(part.nbytes for part in plan.trial), max(alone for alone, _ in seconds))
+        cells = sum(part.stop - part.first for part in plan.trial)
+        # So few cells don't keep all threads busy. With more, reading alone would be as many times as fast, at best.
+        nbytes = sum(part.nbytes for part in plan.trial) * THREADS // min(THREADS, cells)
+        alone = Trial(nbytes, max(alone for alone, _ in seconds))
         nbytes = sum(part.nbytes for current in first[1:] for parts in current.values() for part in parts)
         exchange = Trial(nbytes, max(exchange for _, exchange in seconds))
         shares = exchange_is_faster(alone, exchange)

@@ -1,0 +1,248 @@
+"""What the ranks do in the tests of loads that share their reads. Runs in the processes of `ranks`."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import shardckpt
+from shardckpt import Checkpointer, codecs, loading
+from shardckpt.reader import exchange, fetch, rounds, shards, targets, together
+from shardckpt.storage import Storage
+from shardckpt.writer import output, streams
+from storage.wrappers import CountingStorage, FaultyStorage, SlowStorage, WrapperStorage
+
+CELL = 64 << 10
+TENSORS = {
+    "big": ((4099, 512), torch.float32),
+    "half": ((1031, 514), torch.bfloat16),
+    "cube": ((66, 48, 36), torch.float64),
+    "bytes": ((1 << 20,), torch.uint8),
+    "empty": ((0, 4), torch.float32),
+    "scalar": ((), torch.float32),
+    **{f"small.{number}": ((5, 7), torch.float32) for number in range(40)},
+}
+NBYTES = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in TENSORS.values())
+
+
+@contextmanager
+def small_scale() -> Iterator[None]:
+    """Cells, rounds and thresholds of a sixteenth, so that a few MiB are shared as hundreds are."""
+    small = {"DIGEST_BLOCK": CELL, "LIMIT": 1 << 20, "MIN_RANGE": CELL, "_GAIN_BYTES": 1 << 20}
+    small |= {"_TRIAL_ROUND_BYTES": 6 * CELL, "_SLACK": CELL}
+    with ExitStack() as stack:
+        for module in (codecs, output, streams, fetch, shards, targets, exchange, rounds, together):
+            for name, value in small.items():
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+@contextmanager
+def storage_made(wrap: Callable[[Storage], Storage]) -> Iterator[None]:
+    """Loads read through what ``wrap`` makes of their storage."""
+    original = loading.open_storage
+    with mock.patch.object(loading, "open_storage", lambda *a, **k: wrap(original(*a, **k))):
+        yield
+
+
+def full(name: str) -> Tensor:
+    shape, dtype = TENSORS[name]
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    count = torch.Size(shape).numel() * dtype.itemsize
+    # Small numbers, so that compression has something to do and every dtype has each of them.
+    raw = torch.randint(100, (count // dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    return raw.to(dtype).view(shape)
+
+
+def placed(tensor: Tensor, kind: str, rank: int) -> Any:
+    """A tensor as one rank holds it, cut without communication."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    placement: Placement = Replicate()
+    if kind == "rows" and tensor.ndim:
+        placement = Shard(0)
+    elif kind == "columns" and tensor.ndim:
+        placement = Shard(tensor.ndim - 1)
+    elif kind == "strided" and tensor.ndim:
+        placement = _StridedShard(0, split_factor=2)
+    elif kind == "plain":
+        return tensor.clone()
+    if isinstance(placement, Replicate):
+        return DTensor.from_local(tensor.clone(), mesh, [placement], run_check=False)
+    parts, _ = placement._split_tensor(tensor, dist.get_world_size(), with_padding=False)
+    local = parts[rank].clone()
+    return DTensor.from_local(
+        local, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.contiguous().stride()
+    )
+
+
+def state(kind: str, rank: int, *, fill: bool, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    found = {}
+    for name in TENSORS:
+        tensor = full(name)
+        tensor = tensor if dtype is None or name == "bytes" else tensor.to(dtype)
+        found[name] = placed(tensor if fill else torch.zeros_like(tensor), kind, rank)
+    return found
+
+
+def local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def save(rank: int, path: str, compression: str | None = None) -> None:
+    with small_scale():
+        Checkpointer(timeout=60, compression=compression).save(state("rows", rank, fill=True), path)
+
+
+def load(
+    rank: int,
+    path: str,
+    kind: str,
+    share: Any = True,
+    *,
+    dtype: torch.dtype | None = None,
+    bytes_per_second: float | None = None,
+    only: int | None = None,
+) -> dict[str, Any]:
+    """Load in place as ``kind``; what this rank read and received. ``only``: all others want nothing."""
+    counting: list[CountingStorage] = []
+
+    def wrap(storage: Storage) -> Storage:
+        if bytes_per_second is not None:
+            storage = SlowStorage(storage, bytes_per_second=bytes_per_second, methods=["read_into"])
+        counting.append(CountingStorage(storage))
+        return counting[-1]
+
+    live = state(kind, rank, fill=False, dtype=dtype) if only in (None, rank) else {}
+    pointers = {name: local(tensor).data_ptr() for name, tensor in live.items()}
+    with small_scale(), storage_made(wrap):
+        report = Checkpointer(timeout=60, commit_timeout=60, share_reads=share).load(
+            path, live, convert_dtype=dtype is not None
+        )
+    expected = state(kind, rank, fill=True, dtype=dtype)
+    for name, tensor in live.items():
+        assert torch.equal(local(tensor), local(expected[name])), name
+        assert local(tensor).data_ptr() == pointers[name]
+    read = {name: n for storage in counting for name, n in storage.bytes_read.items() if name != "manifest.json"}
+    # The manifest is what every load reads; the report counts what it reads for tensors.
+    assert report.bytes_read == sum(read.values())
+    assert report.bytes_received == 0 or "received" in repr(report)
+    return {
+        "read": read,
+        "received": report.bytes_received,
+        "wanted": sum(local(tensor).numel() * TENSORS[name][1].itemsize for name, tensor in live.items()),
+    }
+
+
+def several(rank: int, path: str, kinds: list[tuple[str, Any]], **options: Any) -> list[dict[str, Any]]:
+    return [load(rank, path, kind, share, **options) for kind, share in kinds]
+
+
+def load_differently(rank: int, path: str) -> dict[str, Any]:
+    """Rank 0 is told never to share, the others always."""
+    return load(rank, path, "plain", rank != 0)
+
+
+def in_new_groups(rank: int, path: str) -> list[dict[str, Any]]:
+    """The default group is destroyed and made again between two loads."""
+    first = load(rank, path, "plain")
+    store = dist.distributed_c10d._get_default_store()
+    size = dist.get_world_size()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", rank=rank, world_size=size, store=dist.PrefixStore("again", store))
+    return [first, load(rank, path, "columns")]
+
+
+def fail(rank: int, path: str, share: Any, at: int) -> str:
+    """Rank 1's storage fails at its read number ``at``; what this rank is told, and whether the next load works."""
+
+    def wrap(storage: Storage) -> Storage:
+        if rank != 1:
+            return storage
+        error = shardckpt.StorageError("the cable is out")
+        return FaultyStorage(storage, "read_into", error, first=at, last=10**6)
+
+    live = state("plain", rank, fill=False)
+    try:
+        with small_scale(), storage_made(wrap):
+            Checkpointer(timeout=60, commit_timeout=60, share_reads=share).load(path, live)
+    except shardckpt.StorageError as error:
+        load(rank, path, "columns", share)
+        return str(error)
+    return "loaded"
+
+
+def damaged(rank: int, path: str, share: Any) -> str:
+    live = state("columns", rank, fill=False)
+    try:
+        with small_scale():
+            Checkpointer(timeout=60, commit_timeout=60, share_reads=share).load(path, live)
+    except shardckpt.CorruptCheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+class _Deadly(WrapperStorage):
+    def __init__(self, inner: Storage, at: int) -> None:
+        super().__init__(inner)
+        self.left = at
+
+    def called(self, method: str, name: str, nbytes: int) -> None:
+        self.left -= method == "read_into"
+        if self.left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(rank: int, path: str, victim: int, at: int) -> str:
+    """One rank is killed in mid-load; what the others are told."""
+    live = state("plain", rank, fill=False)
+    try:
+        with small_scale(), storage_made(lambda storage: _Deadly(storage, at) if rank == victim else storage):
+            Checkpointer(timeout=60, commit_timeout=60, share_reads=True).load(path, live)
+    except shardckpt.RankTimeoutError as error:
+        return str(error)
+    return "loaded"
+
+
+ROWS, COLUMNS = 40_003, 1025
+"""156 MiB of float32, in pieces of more than 40 MiB on 2 and 3 ranks and 39.1 on 4, that no block size divides."""
+
+
+def _rows(rank: int, fill: float) -> DTensor:
+    size = dist.get_world_size()
+    step = -(-ROWS // size)
+    start, stop = min(rank * step, ROWS), min((rank + 1) * step, ROWS)
+    tensor = torch.arange(start, stop, dtype=torch.float32)[:, None].expand(-1, COLUMNS) * fill
+    mesh = init_device_mesh("cpu", (size,))
+    shape = torch.Size((ROWS, COLUMNS))
+    return DTensor.from_local(tensor.contiguous(), mesh, [Shard(0)], run_check=False, shape=shape, stride=(COLUMNS, 1))
+
+
+def save_large(rank: int, path: str) -> None:
+    Checkpointer(timeout=60).save({"w": _rows(rank, 1.0)}, path)
+
+
+def load_large(rank: int, path: str) -> dict[str, Any]:
+    """Along the saved dimension with everything at its default; bytes read by file, and bytes wanted."""
+    live = _rows(rank, 0.0)
+    counting: list[CountingStorage] = []
+
+    def wrap(storage: Storage) -> Storage:
+        counting.append(CountingStorage(storage))
+        return counting[-1]
+
+    with storage_made(wrap):
+        shardckpt.load(path, {"w": live})
+    assert torch.equal(live.to_local(), _rows(rank, 1.0).to_local())
+    read = {Path(name).name: n for storage in counting for name, n in storage.bytes_read.items()}
+    return {"read": read, "wanted": live.to_local().nbytes}
