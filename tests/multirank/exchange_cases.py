@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -56,6 +57,7 @@ def storage_made(wrap: Callable[[Storage], Storage]) -> Iterator[None]:
         yield
 
 
+@cache
 def full(name: str) -> Tensor:
     shape, dtype = TENSORS[name]
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -65,9 +67,8 @@ def full(name: str) -> Tensor:
     return raw.to(dtype).view(shape)
 
 
-def placed(tensor: Tensor, kind: str, rank: int) -> Any:
+def placed(tensor: Tensor, kind: str, mesh: DeviceMesh) -> Any:
     """A tensor as one rank holds it, cut without communication."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     placement: Placement = Replicate()
     if kind == "rows" and tensor.ndim:
         placement = Shard(0)
@@ -79,19 +80,20 @@ def placed(tensor: Tensor, kind: str, rank: int) -> Any:
         return tensor.clone()
     if isinstance(placement, Replicate):
         return DTensor.from_local(tensor.clone(), mesh, [placement], run_check=False)
-    parts, _ = placement._split_tensor(tensor, dist.get_world_size(), with_padding=False)
-    local = parts[rank].clone()
+    parts, _ = placement._split_tensor(tensor, mesh.size(), with_padding=False)
+    local = parts[mesh.get_local_rank()].clone()
     return DTensor.from_local(
         local, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.contiguous().stride()
     )
 
 
-def state(kind: str, rank: int, *, fill: bool, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def state(kind: str, *, fill: bool, dtype: torch.dtype | None = None) -> dict[str, Any]:
     found = {}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for name in TENSORS:
         tensor = full(name)
         tensor = tensor if dtype is None or name == "bytes" else tensor.to(dtype)
-        found[name] = placed(tensor if fill else torch.zeros_like(tensor), kind, rank)
+        found[name] = placed(tensor if fill else torch.zeros_like(tensor), kind, mesh)
     return found
 
 
@@ -101,7 +103,7 @@ def local(tensor: Any) -> Tensor:
 
 def save(rank: int, path: str, compression: str | None = None) -> None:
     with small_scale():
-        Checkpointer(timeout=60, compression=compression).save(state("rows", rank, fill=True), path)
+        Checkpointer(timeout=60, compression=compression).save(state("rows", fill=True), path)
 
 
 def load(
@@ -123,13 +125,13 @@ def load(
         counting.append(CountingStorage(storage))
         return counting[-1]
 
-    live = state(kind, rank, fill=False, dtype=dtype) if only in (None, rank) else {}
+    live = state(kind, fill=False, dtype=dtype) if only in (None, rank) else {}
     pointers = {name: local(tensor).data_ptr() for name, tensor in live.items()}
     with small_scale(), storage_made(wrap):
         report = Checkpointer(timeout=60, commit_timeout=60, share_reads=share).load(
             path, live, convert_dtype=dtype is not None
         )
-    expected = state(kind, rank, fill=True, dtype=dtype)
+    expected = state(kind, fill=True, dtype=dtype)
     for name, tensor in live.items():
         assert torch.equal(local(tensor), local(expected[name])), name
         assert local(tensor).data_ptr() == pointers[name]
@@ -172,7 +174,7 @@ def fail(rank: int, path: str, share: Any, at: int) -> str:
         error = shardckpt.StorageError("the cable is out")
         return FaultyStorage(storage, "read_into", error, first=at, last=10**6)
 
-    live = state("plain", rank, fill=False)
+    live = state("plain", fill=False)
     try:
         with small_scale(), storage_made(wrap):
             Checkpointer(timeout=60, commit_timeout=60, share_reads=share).load(path, live)
@@ -183,7 +185,7 @@ def fail(rank: int, path: str, share: Any, at: int) -> str:
 
 
 def damaged(rank: int, path: str, share: Any) -> str:
-    live = state("columns", rank, fill=False)
+    live = state("columns", fill=False)
     try:
         with small_scale():
             Checkpointer(timeout=60, commit_timeout=60, share_reads=share).load(path, live)
@@ -205,7 +207,7 @@ class _Deadly(WrapperStorage):
 
 def killed(rank: int, path: str, victim: int, at: int) -> str:
     """One rank is killed in mid-load; what the others are told."""
-    live = state("plain", rank, fill=False)
+    live = state("plain", fill=False)
     try:
         with small_scale(), storage_made(lambda storage: _Deadly(storage, at) if rank == victim else storage):
             Checkpointer(timeout=60, commit_timeout=60, share_reads=True).load(path, live)

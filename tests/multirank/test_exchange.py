@@ -85,17 +85,6 @@ def test_ranks_with_other_options_agree(written):
     assert received(ranks.world(2).run(cases.load_differently, written[None])) == 0
 
 
-def test_groups_may_be_made_anew(written):
-    """A job that destroys its process groups and makes others shares its reads over new connections."""
-    world = ranks.World(2)
-    try:
-        for first, second in world.run(cases.in_new_groups, written[None]):
-            assert first["received"] > 0
-            assert second["received"] > 0
-    finally:
-        world.stop()
-
-
 @pytest.mark.parametrize(("share", "at"), ((True, 1), (True, 6), ("auto", 1), ("auto", 4)))
 def test_a_rank_that_cannot_read_stops_all(written, share, at):
     """Storage that fails on one rank, early or in a later round: no other hangs, all hear why, the next load works."""
@@ -120,12 +109,14 @@ def test_damage_is_found_by_whoever_reads_it(tmp_path, written, share):
         assert "rank-00001" in text
 
 
-def test_a_killed_rank_keeps_nobody_waiting(written):
-    """The others hear at once that a rank is gone, also those that wait for one that waits for it."""
+def test_groups_come_and_go(written):
+    """New process groups get new connections; and once a rank is killed nobody waits, nor for one who waits for it."""
     world = ranks.World(4)
-    world._start()
     victim = 2
     try:
+        for first, second in world.run(cases.in_new_groups, written[None]):
+            assert first["received"] > 0
+            assert second["received"] > 0
         for pipe in world._pipes:
             pipe.send((cases.__name__, "killed", (written[None], victim, 3), {}))
         for rank, pipe in enumerate(world._pipes):

@@ -10,10 +10,10 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import Final, NamedTuple
+from functools import partial
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,30 +35,66 @@ _SLACK: Final = 1 << 20
 _groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
 """Ours, by the default group that has the same ranks: a job may destroy its groups and make new ones."""
 
+T = TypeVar("T")
 
-def join_group(seconds: float) -> dist.ProcessGroup | None:
-    """The group over which ranks exchange; all ranks call. `seconds` is how long one may wait for another.
 
-    None where this rank can't have one: there is no gloo, or no connection.
+def join_group(seconds: float) -> bool:
+    """Have a group over which to exchange; all ranks call. `seconds` is how long one may wait for another.
+
+    False where this rank can't have one: there is no gloo, or no connection.
     """
-    world = dist.group.WORLD
-    assert world is not None, "ranks agree through it"
+    world = _world()
     if world not in _groups:
         try:
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+            _groups[world] = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
         except (RuntimeError, ValueError) as error:
             log.warning("the ranks read alone, since there is no gloo group over which to exchange: %s", error)
-            return None
-        _groups[world] = group
-    return _groups[world]
+            return False
+    return True
 
 
-def leave_group() -> None:
-    """Close this rank's connections, which is an error for whoever waits for it; the next `join_group` makes others."""
+def _world() -> dist.ProcessGroup:
     world = dist.group.WORLD
-    group = None if world is None else _groups.pop(world, None)
-    if group is not None:
-        dist.destroy_process_group(group)
+    assert world is not None, "ranks agree through it"
+    return world
+
+
+def _over_group(call: Callable[[dist.ProcessGroup], T]) -> T:
+    """What `call` returns. Whatever it raises closes this rank's connections: an error for all who wait for it.
+
+    Tried: gloo keeps them open, and the others waiting, until nothing refers to the group or to what was sent over it.
+    So nobody keeps the group but `_groups`, and the frames of `call` go with the traceback.
+    """
+    try:
+        return call(_groups[_world()])
+    except RuntimeError as error:
+        error.__traceback__ = None
+        _close()
+        text = str(error).partition("\n")[0]
+        raise RankTimeoutError(
+            "a rank left in the middle of a load, while ranks read for each other; look at the log of the rank that"
+            f" failed first ({text})."
+        ) from error
+    except BaseException as error:
+        error.__traceback__ = None
+        _close()
+        raise
+
+
+def _close() -> None:
+    """Leave the group; the next `join_group` makes another."""
+    dist.destroy_process_group(_groups.pop(_world()))
+
+
+def _swap(
+    group: dist.ProcessGroup, incoming: Sequence[tuple[torch.Tensor, int]], outgoing: Sequence[tuple[torch.Tensor, int]]
+) -> None:
+    """Fill and send buffers, each from or to a rank, all at once."""
+    works = [dist.irecv(buffer, rank, group=group) for buffer, rank in incoming]
+    works += [dist.isend(buffer, rank, group=group) for buffer, rank in outgoing]
+    for work in works:
+        assert work is not None, "every rank is in the group"
+        work.wait()
 
 
 class _Item(NamedTuple):
@@ -84,12 +120,12 @@ class _Message(NamedTuple):
 class Rounds:
     """One rank's part in the rounds of an `Exchange`. All ranks call the same methods in the same order."""
 
-    def __init__(self, plan: Exchange, reading: Reading, rank: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, plan: Exchange, reading: Reading, rank: int) -> None:
+        """After `join_group`."""
         self._plan = plan
         self._reading = reading
         self._rank = rank
         self._view = plan.view_of[rank]
-        self._group = group
         # One is filled while another is sent.
         self._sending = [_touched(LIMIT + _SLACK) for _ in range(2)]
         self._receiving = _touched(LIMIT + _SLACK)
@@ -99,8 +135,7 @@ class Rounds:
     def meet(self, failure: BaseException | None = None) -> bool:
         """Wait for all ranks, and tell them whether this one has failed; whether none has."""
         failed = torch.tensor([failure is not None], dtype=torch.int32)
-        with _translated():
-            dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group)
+        _over_group(partial(dist.all_reduce, failed, dist.ReduceOp.MAX))
         return not failed.item()
 
     def run(self, rounds: Sequence[Round], failure: BaseException | None = None) -> bool:
@@ -161,8 +196,9 @@ class Rounds:
     def _pass_on(self, current: Round, outgoing: "_Ahead") -> BaseException | None:
         """Send what was read, receive what others read, and place that; returns what went wrong with placing."""
         incoming: list[_Message] = []
-        at = 0
-        with _translated():
+
+        def swap(group: dist.ProcessGroup) -> torch.Tensor:
+            at = 0
             for reader, parts in sorted(current.items()):
                 if reader != self._rank:
                     incoming.append(self._message(reader, parts, self._view, at))
@@ -170,21 +206,17 @@ class Rounds:
             if at > len(self._receiving):
                 self._receiving = _touched(at)
             buffer = self._receiving
-            works = [
-                dist.irecv(buffer[message.start : message.stop], message.who, group=self._group)
-                for message in incoming
-                if message.items
-            ]
+            sends: list[tuple[torch.Tensor, int]] = []
             for message in outgoing.messages:
-                if message.items:
-                    ranks = [rank for rank in self._plan.views[message.who] if rank != self._rank]
-                    # Everybody begins with the rank after its own: not all send to one at a time.
-                    for rank in sorted(ranks, key=lambda rank: (rank < self._rank, rank)):
-                        room = outgoing.buffer[message.start : message.stop]
-                        works.append(dist.isend(room, rank, group=self._group))
-            for work in works:
-                if work is not None:
-                    work.wait()
+                ranks = [rank for rank in self._plan.views[message.who] if rank != self._rank and message.items]
+                # Everybody begins with the rank after its own: not all send to one at a time.
+                ranks.sort(key=lambda rank: (rank < self._rank, rank))
+                sends += [(outgoing.buffer[message.start : message.stop], rank) for rank in ranks]
+            receives = [(buffer[message.start : message.stop], message.who) for message in incoming if message.items]
+            _swap(group, receives, sends)
+            return buffer
+
+        buffer = _over_group(swap)
         try:
             for message in incoming:
                 for item in message.items:
@@ -266,20 +298,3 @@ class _Ahead:
 def _touched(nbytes: int) -> torch.Tensor:
     """Bytes whose pages are there: the first use of memory is slow, and would be taken for slow storage."""
     return torch.zeros(nbytes, dtype=torch.uint8).fill_(1)
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Turn the errors of a process group into ours, and let nobody wait for this rank any longer."""
-    try:
-        yield
-    except RuntimeError as error:
-        leave_group()
-        text = str(error).partition("\n")[0]
-        raise RankTimeoutError(
-            f"a rank left in the middle of a load, while ranks read for each other; look at the log of the rank that"
-            f" failed first ({text})."
-        ) from error
-    except BaseException:
-        leave_group()
-        raise

@@ -7,7 +7,6 @@ from functools import cache
 from typing import Final
 
 import msgspec
-import torch.distributed as dist
 import zstandard
 
 from shardckpt.box import Box
@@ -100,12 +99,12 @@ def read_together(
             body = zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(wants))
             said.word = msgspec.msgpack.encode(_Opening(share, files, digests_text([digest(body)])))
         openings = [msgspec.msgpack.decode(word, type=_Opening) for word in said.heard]
-        found = _agree_on_plan(operation, openings, body, stored, patience)
+        plan = _agree_on_plan(operation, openings, body, stored, patience)
         with reading.placing():
-            if found is None:
+            if plan is None:
                 reading.everything()
             else:
-                _share(found[0], reading, operation, found[1], patience)
+                _share(plan, reading, operation, patience)
 
 
 def _agree_on_plan(
@@ -114,8 +113,8 @@ def _agree_on_plan(
     body: bytes,
     stored: Callable[[str], Sequence[Stored]],
     patience: float,
-) -> tuple[Exchange, dist.ProcessGroup] | None:
-    """The plan of an exchange, and the group for it; None where there will be none. The same on all ranks."""
+) -> Exchange | None:
+    """The plan of an exchange, once there is a group for it; None where there will be none. The same on all ranks."""
     if not all(opening.share for opening in openings):
         return None
     forced = all(opening.share is True for opening in openings)
@@ -139,15 +138,14 @@ def _agree_on_plan(
         if not (plan.rounds if forced else plan.trial and worthwhile(plan.alone, spared, operation.world_size)):
             return None
     with turn(operation, "group") as joined:
-        group = join_group(patience)
-        joined.word = b"no" if group is None else b"yes"
-    return None if group is None or b"no" in joined.heard else (plan, group)
+        joined.word = b"yes" if join_group(patience) else b"no"
+    return None if b"no" in joined.heard else plan
 
 
-def _share(plan: Exchange, reading: Reading, operation: Operation, group: dist.ProcessGroup, patience: float) -> None:
+def _share(plan: Exchange, reading: Reading, operation: Operation, patience: float) -> None:
     """Fill the targets as planned, if that is the faster way."""
     rank = operation.rank
-    rounds = Rounds(plan, reading, rank, group)
+    rounds = Rounds(plan, reading, rank)
     left = plan.rounds
     if plan.trial:
         first, left = left[:TRIAL_ROUNDS], left[TRIAL_ROUNDS:]
