@@ -43,8 +43,10 @@ _TRIAL_ROUND_SHARE: Final = 48
 """Each of them is one part in so many of what is exchanged, so that little is lost if that is slow."""
 _TRIAL_ROUND_BYTES: Final = 6 << 20
 """Of a round of all ranks together: what less than that takes says nothing of more."""
+_PARTS: Final = 1024
+"""How many parts a plan has room for before they become longer than a cell: parts are planned one by one."""
 _MOST_CELLS: Final = 8
-"""Of a part. So many that a checkpoint of many GiB has not too many parts, which are planned one by one."""
+"""Of a part."""
 _MARGIN: Final = 1.15
 """How much faster the exchange must be. It needs all ranks in step, and a trial is short."""
 
@@ -197,9 +199,10 @@ class Exchange:
             for entry in demand:
                 entries[entry].append(number)
         size = sum(self._stored_at(entry).nbytes for entry in entries)
-        cells = max(1, min(_MOST_CELLS, size >> 30, size // _TRIAL_SHARE // world_size // DIGEST_BLOCK))
+        cells = size // DIGEST_BLOCK
+        most = max(1, min(_MOST_CELLS, cells // _PARTS, cells // _TRIAL_SHARE // world_size))
         parts = sorted(
-            (part for entry, views in entries.items() for part in self._parts(entry, views, cells)), key=self._place
+            (part for entry, views in entries.items() for part in self._parts(entry, views, most)), key=self._place
         )
         self.union = sum(part.nbytes for part in parts)
         """Bytes of raw data that some rank wants, in whole cells."""
