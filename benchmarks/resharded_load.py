@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -35,12 +35,13 @@ import shardckpt
 from environment import machine, versions
 from raw_disk import drop_from_cache
 from shardckpt import loading
+from shardckpt.options import ShareReads
 from shardckpt.storage import Storage, open_storage
 
 WIDTH = 2048
 """Of the square tensors: 16 MiB of float32 each."""
-SHARE = {"alone": False, "exchange": True, "auto": "auto"}
-LAYOUTS = {"rows to columns": Shard(1), "rows to replicas": Replicate()}
+SHARE: dict[str, ShareReads] = {"alone": False, "exchange": True, "auto": "auto"}
+LAYOUTS: dict[str, Shard | Replicate] = {"rows to columns": Shard(1), "rows to replicas": Replicate()}
 
 
 class Slow:
@@ -122,7 +123,7 @@ class Bench:
 
     def wrapper(self, place: str) -> Callable[[Storage], Storage]:
         def wrap(storage: Storage) -> Storage:
-            return Slow(storage, self.slow) if place == "slow storage" else storage  # type: ignore[return-value]  # delegates
+            return cast(Storage, Slow(storage, self.slow)) if place == "slow storage" else storage
 
         return wrap
 
