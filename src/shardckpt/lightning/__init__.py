@@ -1,11 +1,11 @@
-"""The adapter for PyTorch Lightning: ``Trainer(plugins=[ShardedCheckpointIO()])``.
+"""The adapter for PyTorch Lightning: ``Trainer(plugins=[ShardedCheckpointIO()])``, and the same for Fabric.
 
 Importing this makes ``MyModel.load_from_checkpoint(path)`` read sharded checkpoints too.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from shardckpt.lightning import flavours, from_checkpoint, model_checkpoint
+from shardckpt.lightning import fabric, flavours, from_checkpoint, model_checkpoint
 from shardckpt.lightning.plugin import ShardedCheckpointIO
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ model_checkpoint.install()
 
 
 def sharded(strategy_class: Any) -> Any:
-    """The bound subclass of a strategy class, for those who pass the Trainer its strategy themselves.
+    """The bound subclass of a strategy class, for those who pass the Trainer or Fabric its strategy themselves.
 
     Raises:
         UsageError: checkpoints of that strategy do not go through Lightning's ``CheckpointIO``.
@@ -29,6 +29,9 @@ def sharded(strategy_class: Any) -> Any:
 
     if strategies.is_bound(strategy_class):
         return strategy_class
+    if fabric.can_bind(strategy_class):
+        return fabric.sharded(strategy_class)
+    flavours.refuse_deepspeed(strategy_class)
     if not strategies.can_bind(strategy_class):
         raise UsageError(
             f"{strategy_class.__name__} reads and writes its checkpoints in its own way and cannot be bound."

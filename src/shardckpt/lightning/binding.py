@@ -4,13 +4,16 @@ Lightning calls the factories named by the entry points ``lightning.pytorch.call
 ``pytorch_lightning.callbacks_factory`` whenever a Trainer is made. Ours return one callback while there is a
 `ShardedCheckpointIO` in the process, and nothing otherwise. The callback's ``setup``, the first hook that runs in every
 process, turns the Trainer's strategy into a bound one (`shardckpt.lightning.strategies`).
+
+The like groups ``lightning.fabric.callbacks_factory`` and ``lightning_fabric.callbacks_factory`` are for Fabric, whose
+strategies are bound when they are given the plugin (`shardckpt.lightning.fabric`), or at the latest here.
 """
 
 import functools
 import logging
 from typing import Any
 
-from shardckpt.lightning import flavours, from_checkpoint, model_checkpoint, strategies
+from shardckpt.lightning import fabric, flavours, from_checkpoint, model_checkpoint, strategies
 from shardckpt.lightning.plugin import ShardedCheckpointIO, living
 
 log = logging.getLogger(__name__)
@@ -24,6 +27,11 @@ def lightning_callbacks() -> list[Any]:
 def pytorch_lightning_callbacks() -> list[Any]:
     """The factory for Trainers of ``pytorch_lightning``."""
     return _callbacks(flavours.PYTORCH_LIGHTNING)
+
+
+def fabric_callbacks() -> list[Any]:
+    """The factory for every Fabric, of either package."""
+    return [fabric.FabricBinding()] if living else []
 
 
 def _callbacks(flavour: flavours.Flavour) -> list[Any]:
@@ -72,6 +80,7 @@ def bind(strategy: Any) -> bool:
     if plugin is None:
         return False
     if not strategies.is_bound(type(strategy)):
+        flavours.refuse_deepspeed(type(strategy))
         if not strategies.can_bind(type(strategy)):
             log.warning(
                 "%s reads and writes its checkpoints in its own way, so ShardedCheckpointIO cannot have every process"
@@ -88,9 +97,9 @@ def bind(strategy: Any) -> bool:
 
 def _unwrapped(strategy: Any) -> ShardedCheckpointIO | None:
     """The strategy's plugin, taken out of an ``AsyncCheckpointIO``, which would copy every tensor a second time."""
-    plugin = strategy.checkpoint_io
-    if type(plugin).__name__ == "AsyncCheckpointIO" and isinstance(plugin.checkpoint_io, ShardedCheckpointIO):
+    plugin = flavours.taken_out(strategy.checkpoint_io)
+    found = plugin if isinstance(plugin, ShardedCheckpointIO) else None
+    if found is not None and found is not strategy.checkpoint_io:
         log.info("ShardedCheckpointIO is asynchronous by itself: the AsyncCheckpointIO around it is taken off")
-        strategy.checkpoint_io = plugin.checkpoint_io
-        plugin = plugin.checkpoint_io
-    return plugin if isinstance(plugin, ShardedCheckpointIO) else None
+        strategy.checkpoint_io = found
+    return found

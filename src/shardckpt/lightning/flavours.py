@@ -11,24 +11,27 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
+from shardckpt.errors import UsageError
+
 
 class Flavour(NamedTuple):
     """One of the two packages."""
 
-    top: str
-    """The distribution's top-level package, which tells whether it is installed."""
     pytorch: str
     """Where the Trainer, strategies and callbacks are."""
     fabric: str
     """Where ``CheckpointIO`` is."""
 
     def is_installed(self) -> bool:
-        # A folder of that name in the working directory is found too, but has no origin.
-        spec = importlib.util.find_spec(self.top)
+        # Fabric may be installed without the Trainer. A folder of that name is found too, but has no origin.
+        spec = importlib.util.find_spec(self.fabric.partition(".")[0])
         return spec is not None and spec.origin is not None
 
     def is_loaded(self) -> bool:
         return self.pytorch in sys.modules
+
+    def is_fabric_loaded(self) -> bool:
+        return self.fabric in sys.modules
 
     def module(self, name: str) -> ModuleType:
         """A module below the flavour's ``pytorch`` package, imported if need be."""
@@ -48,8 +51,8 @@ class Flavour(NamedTuple):
         return any(base.__module__.startswith(packages) for base in cls.__mro__)
 
 
-LIGHTNING: Final = Flavour("lightning", "lightning.pytorch", "lightning.fabric")
-PYTORCH_LIGHTNING: Final = Flavour("pytorch_lightning", "pytorch_lightning", "lightning_fabric")
+LIGHTNING: Final = Flavour("lightning.pytorch", "lightning.fabric")
+PYTORCH_LIGHTNING: Final = Flavour("pytorch_lightning", "lightning_fabric")
 ALL: Final = (LIGHTNING, PYTORCH_LIGHTNING)
 
 
@@ -91,6 +94,11 @@ def register(plugin: type) -> None:
                 checkpoint_io.register(plugin)
 
 
+def taken_out(plugin: Any) -> Any:
+    """``plugin``, without the ``AsyncCheckpointIO`` around it, which would copy every tensor a second time."""
+    return plugin.checkpoint_io if type(plugin).__name__ == "AsyncCheckpointIO" else plugin
+
+
 def attribute(flavour: Flavour, module: str, name: str) -> Any:
     """``<flavour>.<module>.<name>``."""
     return getattr(flavour.module(module), name)
@@ -112,3 +120,30 @@ def wrap_property(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]],
         wrapped = wrapper(stock)
         wrapped._shardckpt_wraps = stock
         setattr(owner, name, property(wrapped))
+
+
+def wrap_setter(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Any]) -> None:
+    """As `wrap`, for what assigning to a property of a class does."""
+    stock = vars(owner)[name]
+    if not hasattr(stock.fset, "_shardckpt_wraps"):
+        wrapped = wrapper(stock.fset)
+        wrapped._shardckpt_wraps = stock.fset
+        setattr(owner, name, stock.setter(wrapped))
+
+
+def refuse_deepspeed(strategy_class: type) -> None:
+    """Raise UsageError for DeepSpeed's strategy: it writes its checkpoints itself, so none of them would be ours.
+
+    XLA's strategies refuse every plugin but their own, and say so.
+    """
+    for base in strategy_class.__mro__:
+        if base.__name__ == "DeepSpeedStrategy" and base.__module__.startswith(_PACKAGES):
+            raise UsageError(
+                f"{strategy_class.__name__} saves and loads its checkpoints with DeepSpeed's own engine and never asks"
+                " a CheckpointIO plugin, so ShardedCheckpointIO would do nothing. Leave the plugin out to keep"
+                " DeepSpeed's checkpoints, or train with FSDPStrategy, ModelParallelStrategy or DDPStrategy, under"
+                " which every process writes its shard."
+            )
+
+
+_PACKAGES: Final = tuple(f"{package}." for flavour in ALL for package in (flavour.pytorch, flavour.fabric))

@@ -1,12 +1,13 @@
-"""Checkpoints that are not ours: a ``.ckpt`` file of stock Lightning, a directory of some other library.
+"""Checkpoints that are not ours: a ``.ckpt`` file of stock Lightning, a directory of its FSDP strategies.
 
-A user who adds the plugin to a project has such files already. They are loaded and removed as Lightning does it, and
-one that lies where a sharded checkpoint is to be written steps aside until that is complete.
+A user who adds the plugin to a project has such checkpoints already. They are loaded and removed as Lightning does it,
+and one that lies where a sharded checkpoint is to be written steps aside until that is complete.
 """
 
 import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -17,13 +18,13 @@ from fsspec.core import url_to_fs
 from shardckpt.background import PendingSave
 from shardckpt.commit import checkpoint_path, is_checkpoint
 from shardckpt.filenames import is_checkpoint_file
-from shardckpt.lightning import flavours
+from shardckpt.lightning import dcp_directory, flavours, foreign
 from shardckpt.storage import local_path, open_storage
 
 log = logging.getLogger(__name__)
 
 ASIDE: Final = ".replaced"
-"""What is appended to the name of an ordinary file while a sharded checkpoint is written in its place."""
+"""What is appended to the name of an ordinary checkpoint while a sharded one is written in its place."""
 
 
 def is_link(path: str) -> bool:
@@ -42,10 +43,23 @@ def is_ours(path: str, storage_options: Mapping[str, Any] | None) -> bool:
     return any(is_checkpoint_file(stat.name) for stat in open_storage(checkpoint_path(path), storage_options).list())
 
 
-def standing(path: str, storage_options: Mapping[str, Any] | None) -> str:
-    """``path``, or the ordinary file that stepped aside for a checkpoint there that was never completed."""
+def is_ordinary(path: str, storage_options: Mapping[str, Any] | None) -> bool:
+    """Whether an ordinary checkpoint lies at ``path``, and no sharded one."""
     local = _local(path)
-    if local is None or os.path.isfile(local) or not os.path.isfile(local + ASIDE):
+    if local is not None:
+        return os.path.isfile(local) or (dcp_directory.is_directory(local) and not is_checkpoint(path, storage_options))
+    if path.startswith("http"):
+        return True
+    if is_checkpoint(path, storage_options):
+        return False
+    filesystem, inner = url_to_fs(path, **(storage_options or {}))
+    return bool(filesystem.isfile(inner))
+
+
+def standing(path: str, storage_options: Mapping[str, Any] | None) -> str:
+    """``path``, or the ordinary checkpoint that stepped aside for one there that was never completed."""
+    local = _local(path)
+    if local is None or _is_checkpoint(local) or not _is_checkpoint(local + ASIDE):
         return path
     if is_checkpoint(path, storage_options):
         return path
@@ -53,8 +67,14 @@ def standing(path: str, storage_options: Mapping[str, Any] | None) -> str:
     return local + ASIDE
 
 
+def is_directory(path: str) -> bool:
+    """Whether a directory lies at ``path`` that Lightning's FSDP or ModelParallel strategy wrote."""
+    local = _local(path)
+    return local is not None and dcp_directory.is_directory(local)
+
+
 def stepped_aside(folder: str) -> list[str]:
-    """The paths in a local folder whose ordinary files stepped aside, by a job that has not put things right."""
+    """The paths in a local folder whose ordinary checkpoints stepped aside, by a job that has not put things right."""
     local = _local(folder)
     if local is None or not os.path.isdir(local):
         return []
@@ -64,7 +84,9 @@ def stepped_aside(folder: str) -> list[str]:
 def load(
     path: str, map_location: Any, weights_only: bool | None, storage_options: Mapping[str, Any] | None = None
 ) -> Any:
-    """What Lightning's own ``TorchCheckpointIO`` loads from ``path``; raises what it raises."""
+    """What Lightning's own ``TorchCheckpointIO`` loads from a file; raises what it raises. A directory: `foreign`."""
+    if is_directory(path):
+        return foreign.load(_local(path) or path, map_location, weights_only)
     if storage_options and _local(path) is None:
         # Lightning's opens every file system without options. Given no location, it maps tensors to the CPU too.
         with fsspec.open(path, "rb", **storage_options) as file:
@@ -88,9 +110,9 @@ def remove(path: str, storage_options: Mapping[str, Any] | None = None) -> None:
 
 
 class Displaced:
-    """Ordinary files that lie where sharded checkpoints are written: each is kept until what replaces it is complete.
+    """Ordinary checkpoints where sharded ones are written: each is kept until what replaces it is complete.
 
-    For local files only. In an object store a file and a prefix of one name do not get in each other's way.
+    For local ones only. In an object store a file and a prefix of one name do not get in each other's way.
     """
 
     def __init__(self) -> None:
@@ -98,22 +120,23 @@ class Displaced:
         self._waiting: list[tuple[str, PendingSave]] = []
 
     def make_way(self, path: str) -> None:
-        """Rename an ordinary file at ``path``, if there is one, so that a directory can be made there."""
+        """Rename an ordinary checkpoint at ``path``, if there is one, so that ours has a directory of its own there."""
         local = _local(path)
         if local is None or os.path.islink(local):
             return
-        if not os.path.isfile(local):
-            if os.path.isfile(local + ASIDE):  # left by a job that died: to be deleted as if it had just been renamed
+        if not _is_checkpoint(local) or is_checkpoint(path):
+            if _is_checkpoint(local + ASIDE):  # left by a job that died: to be deleted as if it had just been renamed
                 self._new.append(local)
         else:
+            _delete(local + ASIDE)  # an older one, in whose place this one was written since
             os.replace(local, local + ASIDE)
             self._new.append(local)
-            log.info("%s is an ordinary file: kept as %s%s until the checkpoint is complete", path, local, ASIDE)
+            log.info("%s is an ordinary checkpoint: kept as %s%s until the checkpoint is complete", path, local, ASIDE)
 
     def settle(self, pending: PendingSave | None) -> None:
-        """Delete files whose replacement is complete, and put those back whose replacement failed.
+        """Delete those whose replacement is complete, and put those back whose replacement failed.
 
-        ``pending`` is the save for which files made way since the last call; None says that it is over.
+        ``pending`` is the save for which they made way since the last call; None says that it is over.
         """
         if pending is not None:
             self._waiting += [(path, pending) for path in self._new]
@@ -124,9 +147,20 @@ class Displaced:
         for path in over:
             with contextlib.suppress(FileNotFoundError):  # two saves in a row to one path, and the first saw to it
                 if is_checkpoint(path):
-                    os.unlink(path + ASIDE)
+                    _delete(path + ASIDE)
                 elif not os.path.lexists(path):
                     os.replace(path + ASIDE, path)
+
+
+def _delete(local: str) -> None:
+    if os.path.isdir(local) and not os.path.islink(local):
+        shutil.rmtree(local)
+    elif os.path.lexists(local):
+        os.unlink(local)
+
+
+def _is_checkpoint(local: str) -> bool:
+    return os.path.isfile(local) or dcp_directory.is_directory(local)
 
 
 def _local(path: str) -> str | None:

@@ -21,7 +21,7 @@ from shardckpt.background import PendingSave
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.commit import checkpoint_path
 from shardckpt.errors import SaveFailedError, UsageError
-from shardckpt.lightning import agreement, flavours, from_checkpoint, model_checkpoint, ordinary, restore
+from shardckpt.lightning import agreement, fabric, flavours, from_checkpoint, model_checkpoint, ordinary, restore
 from shardckpt.lightning.lazy import plain
 from shardckpt.lightning.sharing import Running, Twins
 from shardckpt.lightning.snapshot import Layout, layout_of, share_of, split_off
@@ -73,10 +73,11 @@ class ShardedCheckpointIO(_CheckpointIO):
         self._latest: PendingSave | None = None
         self.twins = Twins()
         self._written: dict[str, Mapping[str, Any] | None] = {}
-        self._displaced = ordinary.Displaced()
+        self.displaced = ordinary.Displaced()
         flavours.register(type(self))
         from_checkpoint.install()
         model_checkpoint.install()
+        fabric.install()
         living.add(self)
 
     def _make(self, *, alone: bool) -> Checkpointer:
@@ -124,15 +125,15 @@ class ShardedCheckpointIO(_CheckpointIO):
                 world_size,
             )
         text = checkpoint_path(path)
-        self._displaced.make_way(text)
+        self.displaced.make_way(text)
         alone = self._make(alone=True)
         try:
             state = plain(checkpoint)  # a state dict as it is: the versions of its modules are an attribute of it
             alone.save(state if isinstance(state, dict) else dict(state), text, storage_options=storage_options)
         finally:
             alone.close()
-            self._displaced.settle(None)
-        self._written[_key(text)] = storage_options
+            self.displaced.settle(None)
+        self.wrote(text, storage_options)
 
     def load_checkpoint(  # type: ignore[override]  # what it returns is that of the documented contract
         self,
@@ -145,19 +146,20 @@ class ShardedCheckpointIO(_CheckpointIO):
         """Load on this process.
 
         Args:
-            path: a sharded checkpoint or the ``manifest.json`` in it, or an ordinary file.
+            path: a sharded checkpoint or the ``manifest.json`` in it, an ordinary file, or a directory that Lightning's
+                FSDP or ModelParallel strategy wrote.
             map_location: as in ``torch.load``, for tensors that have no live counterpart; None puts them on the CPU.
             weights_only: as in ``torch.load``; None is true, so pickled objects are refused.
             state: a module, an optimizer, a dict of such and of plain values, or the dict that the Trainer's
                 ``dump_checkpoint`` returns. What the checkpoint has for it is read into it in place.
 
         Returns:
-            What the caller has still to apply: without ``state``, or of an ordinary file, everything; with it, what has
-            no place in it. None where that is nothing. For a Trainer's dict it is again a whole one, which shares the
-            live tensors, because the Trainer looks up all of its keys.
+            What the caller has still to apply: without ``state``, or of an ordinary checkpoint, everything; with it,
+            what has no place in it. None where that is nothing. For a Trainer's dict it is again a whole one, which
+            shares the live tensors, because the Trainer looks up all of its keys.
         """
         self.wait()
-        text, options, is_ordinary = self._found(path)
+        text, options, is_ordinary = self.found(path)
         if is_ordinary:
             loaded: dict[str, Any] | None = ordinary.load(text, map_location, weights_only, options)
             return loaded
@@ -206,7 +208,7 @@ class ShardedCheckpointIO(_CheckpointIO):
             log.error("a checkpoint was not saved: %s", error)
         finally:
             self._latest = None
-            self._displaced.settle(None)
+            self.displaced.settle(None)
 
     # -- called by the binding, on every rank -------------------------------------------------------------------------
 
@@ -243,7 +245,7 @@ class ShardedCheckpointIO(_CheckpointIO):
 
         def decide() -> _Destination:
             text = checkpoint_path(path)
-            self._displaced.make_way(text)
+            self.displaced.make_way(text)
             return _Destination(text, layout_of(state) if running.replicas_agree else {})
 
         decision = agreement.from_rank_zero("Trainer.save_checkpoint", decide, _Destination, timeout=self.timeout)
@@ -265,8 +267,8 @@ class ShardedCheckpointIO(_CheckpointIO):
         finally:
             self._is_saving = interrupts
             self._latest = pending
-            self._displaced.settle(pending)
-        self._written[_key(decision.path)] = storage_options
+            self.displaced.settle(pending)
+        self.wrote(decision.path, storage_options)
         if rank == 0:
             model_checkpoint.forget_listing(decision.path, self.options_for(decision.path))
 
@@ -274,7 +276,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         """Read the plain values of a Trainer's checkpoint, on every rank of one save; large tensors when needed."""
 
         def decide() -> tuple[str, bool]:
-            text, _, is_ordinary = self._found(path)
+            text, _, is_ordinary = self.found(path)
             return text, is_ordinary
 
         text, is_ordinary = agreement.from_rank_zero(
@@ -282,8 +284,11 @@ class ShardedCheckpointIO(_CheckpointIO):
         )
         options = self.options_for(text)
         if is_ordinary:
-            loaded: dict[str, Any] = ordinary.load(text, None, weights_only, options)
-            return loaded
+            return agreement.on_all(
+                "Trainer.read_checkpoint",
+                lambda: ordinary.load(text, None, weights_only, options),
+                timeout=self.timeout,
+            )
         opened = self.checkpointer.open(text, storage_options=options, collective=True)
         reading = restore.Reading(opened, "cpu", weights_only)
         return agreement.on_all("Trainer.read_checkpoint", reading.lazily, timeout=self.timeout)
@@ -314,9 +319,20 @@ class ShardedCheckpointIO(_CheckpointIO):
         if self._latest is not None and self._checkpointer is not None and self._pid == os.getpid():
             self._committed(self._latest)
 
+    def found(self, path: Any) -> tuple[str, dict[str, Any], bool]:
+        """What lies at ``path``: where it is, with which storage options, and whether it is an ordinary checkpoint."""
+        text = checkpoint_path(path)
+        options = self.options_for(text)
+        text = ordinary.standing(text, options)
+        return text, options, ordinary.is_ordinary(text, options)
+
     def options_for(self, path: str) -> dict[str, Any]:
         """The storage options for ``path``: the plugin's, and those of the call that saved it in this process."""
         return {**(self._options.get("storage_options") or {}), **(self._written.get(_key(path)) or {})}
+
+    def wrote(self, path: str, storage_options: Mapping[str, Any] | None) -> None:
+        """Note that this process has saved to ``path``, and with what options of the call."""
+        self._written[_key(path)] = storage_options
 
     @property
     def timeout(self) -> float:
@@ -325,13 +341,6 @@ class ShardedCheckpointIO(_CheckpointIO):
         return timeout
 
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _found(self, path: Any) -> tuple[str, dict[str, Any], bool]:
-        """What lies at ``path``: where it is, with which storage options, and whether it is an ordinary file."""
-        text = checkpoint_path(path)
-        options = self.options_for(text)
-        text = ordinary.standing(text, options)
-        return text, options, restore.is_ordinary(text, options)
 
     def _committed(self, pending: PendingSave) -> bool:
         while not pending.done():  # `result` would count as telling the caller of a failure

@@ -1,44 +1,27 @@
 """From an open checkpoint to what Lightning wants: all of it, what fits a given state, or a dict that reads lazily."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any, Final
 
-from fsspec.core import url_to_fs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardckpt import coordinator
-from shardckpt.commit import is_checkpoint
 from shardckpt.errors import StateMismatchError, UsageError
 from shardckpt.lightning.lazy import LazyDict
 from shardckpt.lightning.snapshot import MODEL, OPTIMIZERS
 from shardckpt.loading import OpenCheckpoint
 from shardckpt.staging import StagingPool
 from shardckpt.state.leaves import is_uninitialised
-from shardckpt.state.names import clean_names
+from shardckpt.state.names import child_path, clean_names
 from shardckpt.state.skeleton import child_node, module_entries, optimizer_node
 from shardckpt.state.values import pairs_of
-from shardckpt.storage import local_path
 
 VERSION: Final = "pytorch-lightning_version"
 """The key by which Lightning knows a checkpoint of its own, and we a Trainer's dict among other dicts."""
 
 Place = tuple[Any, ...]
 """Keys and indices that lead from the root of a state to a value in it."""
-
-
-def is_ordinary(path: str, storage_options: Mapping[str, Any] | None) -> bool:
-    """Whether an ordinary file lies at ``path``, and no sharded checkpoint."""
-    local = local_path(path)
-    if local is not None:
-        return os.path.isfile(os.path.expanduser(local))
-    if path.startswith("http"):
-        return True
-    if is_checkpoint(path, storage_options):
-        return False
-    filesystem, inner = url_to_fs(path, **(storage_options or {}))
-    return bool(filesystem.isfile(inner))
 
 
 class Part(LazyDict):
@@ -63,16 +46,17 @@ class Part(LazyDict):
         state_dict = module.state_dict()
         lines = []
         for raw, name in clean_names(module, list(state_dict)).items():
-            live, saved = state_dict[raw], self._opened.manifest.resolve(f"{MODEL}.{name}")
+            full = child_path(".".join(map(str, self._place)), name)
+            live, saved = state_dict[raw], self._opened.manifest.resolve(full)
             if saved is None or not isinstance(live, Tensor) or is_uninitialised(live):
                 continue
             if tuple(live.shape) != tuple(saved.shape):
-                lines.append(f"  {MODEL}.{name}: {tuple(live.shape)} here, {tuple(saved.shape)} in the checkpoint")
+                lines.append(f"  {full}: {tuple(live.shape)} here, {tuple(saved.shape)} in the checkpoint")
         if lines:
             raise StateMismatchError(
                 f"size mismatch between the model and {self._opened.path}, and nothing has been changed:\n"
                 + "\n".join(lines)
-                + "\nstrict_loading=False lets names be missing or left over, but no shape differ."
+                + "\nstrict=False (strict_loading) lets names be missing or left over, but no shape differ."
             )
 
     def fits(self, optimizer: Optimizer) -> bool:
@@ -116,6 +100,14 @@ class Reading:
                 f"{self._opened.path} was not saved by a Trainer: it lacks {VERSION!r}. Use shardckpt.load."
             )
         return {key: self._part(key) if key == MODEL else self._but_parts(key) for key in keys}
+
+    def parts(self, keys: Iterable[Any]) -> dict[Any, Any]:
+        """What the checkpoint has under ``keys``; modules and optimizers are read when somebody looks at them."""
+        return {key: self._but_parts(key) for key in keys}
+
+    def values(self, keys: Iterable[Any]) -> dict[Any, Any]:
+        """What the checkpoint has under ``keys``, made anew."""
+        return {key: self._value(key) for key in keys}
 
     def for_inference(self) -> dict[str, Any]:
         """The whole checkpoint, less what nobody asks for once training is over: optimizers, and further modules."""
@@ -211,9 +203,11 @@ class Reading:
             pool.close()
 
     def _but_parts(self, key: Any) -> Any:
-        if key == OPTIMIZERS and isinstance(self._node(key), list):
+        node = self._node(key)
+        if key == OPTIMIZERS and isinstance(node, list):
             return [self._part(key, index) for index in self._children(key)]
-        return self._part(key) if module_entries(self._node(key)) is not None else self._value(key)
+        is_part = module_entries(node) is not None or optimizer_node(node) is not None
+        return self._part(key) if is_part else self._value(key)
 
     def _children(self, *place: Any) -> list[Any]:
         """The keys or indices of a container of the state, in order."""
