@@ -22,7 +22,6 @@ from shardckpt.lightning.restore import Reading
 from shardckpt.loading import OpenCheckpoint
 from shardckpt.state import ModuleState, OptimizerState
 from shardckpt.state.leaves import is_distributed
-from shardckpt.state.match import holds_live
 from shardckpt.state.names import clean_names, is_stateful
 
 log = logging.getLogger(__name__)
@@ -237,28 +236,26 @@ def _load(strategy: Any, opened: OpenCheckpoint, state: Any, strict: bool, weigh
     def match() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         saved = opened.keys()
         _check_keys(strategy, state, saved, strict=strict)
-        live = {key: value for key, value in state.items() if key in saved and _is_restored(opened, key, value)}
+        live = {key: value for key, value in state.items() if key in saved and _fits(opened, key, value)}
         for key, value in live.items():
             if isinstance(value, nn.Module) and not strict:
                 reading.parts([key])[key].check_shapes(value)
-        plain = reading.values(key for key in state if key in saved and key not in live)
-        return live, plain, reading.parts(key for key in saved if key not in state)
+        others = reading.values(key for key in state if key in saved and key not in live)
+        return live, others, reading.parts(key for key in saved if key not in state)
 
-    live, plain, rest = agreement.on_all("Fabric.match", match, timeout=timeout)
+    live, others, rest = agreement.on_all("Fabric.match", match, timeout=timeout)
     opened.restore(live, strict=strict, weights_only=weights_only)
-    state.update(live | plain)
+    state.update(live | others)
     return rest
 
 
-def _is_restored(opened: OpenCheckpoint, key: str, value: Any) -> bool:
-    """Whether a value is restored in place; one that is not is replaced, as stock Fabric does with tensors too."""
-    if isinstance(value, Tensor) and not is_distributed(value):
-        entry = opened.manifest.resolve(key)
-        return entry is not None and (tuple(value.shape), str(value.dtype)) == (
-            tuple(entry.shape),
-            f"torch.{entry.dtype}",
-        )
-    return holds_live(value)
+def _fits(opened: OpenCheckpoint, key: str, value: Any) -> bool:
+    """Whether a value is restored in place; a tensor of another kind is replaced, as stock Fabric replaces them all."""
+    if not isinstance(value, Tensor) or is_distributed(value):
+        return True
+    entry = opened.manifest.resolve(key)
+    kind = (tuple(value.shape), str(value.dtype))
+    return entry is not None and kind == (tuple(entry.shape), f"torch.{entry.dtype}")
 
 
 def _knows_its_parts(path: str, state: Any) -> bool:

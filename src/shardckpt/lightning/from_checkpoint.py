@@ -1,8 +1,8 @@
 """``MyModel.load_from_checkpoint(path)`` on a sharded path, for modules and datamodules.
 
 Lightning reads the file with a function that its ``core.saving`` module calls ``pl_load``. That name is bound to ours
-here, which hands everything but a sharded checkpoint on to it. Hyper-parameters, ``hparams_file``, overrides,
-``strict`` and the hooks stay Lightning's code.
+here, which hands everything but a sharded checkpoint, and a directory of Lightning's own, on to it. Hyper-parameters,
+``hparams_file``, overrides, ``strict`` and the hooks stay Lightning's code.
 """
 
 import os
@@ -27,6 +27,8 @@ def _dispatching(stock: Callable[..., Any]) -> Callable[..., Any]:
         _settle()
         if _is_sharded(path_or_url):
             return _load(checkpoint_path(path_or_url), map_location, weights_only)
+        if isinstance(path_or_url, (str, Path)) and ordinary.is_directory(str(path_or_url)):
+            return ordinary.load(str(path_or_url), map_location, weights_only)
         return stock(path_or_url, map_location=map_location, weights_only=weights_only)
 
     return pl_load
