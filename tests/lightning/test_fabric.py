@@ -97,6 +97,14 @@ def test_a_rank_that_fails_is_everyones_error(tmp_path: Path) -> None:
     assert all("only_here" in outcome.text for outcome in outcomes)
 
 
+@pytest.mark.multiprocess
+def test_an_optimizer_that_shards_itself(tmp_path: Path) -> None:
+    """``ZeroRedundancyOptimizer`` gets back on each rank the part that the rank had."""
+    for before, after in ranks.world(2).run(fabric_cases.shards_itself, str(tmp_path)):
+        assert before == after
+        assert any(name.endswith("exp_avg") for name in before)
+
+
 def test_states_of_all_kinds(tmp_path: Path) -> None:
     """Wrapped, compiled and nested objects are restored in place, plain values replaced, and the rest returned."""
     made = fabric("single")

@@ -178,3 +178,25 @@ def part_ways(rank: int, folder: str) -> None:
             made.load(Path(folder) / "together", {"model": bare, "n": 1})
         finally:
             assert before.items() <= digests(model, optimizer).items()
+
+
+def shards_itself(rank: int, folder: str) -> tuple[dict[str, str], dict[str, str]]:
+    """A ``ZeroRedundancyOptimizer``, whose whole state only rank 0 gets to see; before and after."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def made_of(made: Any, seed: int, steps: int) -> tuple[Any, Any]:
+        model = made.setup_module(net(seed))
+        optimizer = made.setup_optimizers(ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1))
+        for _ in range(steps):
+            optimizer.zero_grad()
+            made.backward(model(torch.ones(4, 6)).square().sum())
+            optimizer.step()
+        return model, optimizer
+
+    with quiet():
+        made = fabric("ddp")
+        model, optimizer = made_of(made, 0, 2)
+        made.save(Path(folder) / "zero", {"model": model, "optimizer": optimizer})
+        twin, other = made_of(made, 3, 0)
+        made.load(Path(folder) / "zero", {"model": twin, "optimizer": other})
+        return digests(model, optimizer.optim), digests(twin, other.optim)
