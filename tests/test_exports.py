@@ -38,6 +38,7 @@ ERRORS = [
     "StorageAccessError",
     "StorageError",
     "StorageFullError",
+    "TensorIndexError",
     "TensorNotFoundError",
     "UncertainCommitError",
     "UnsafeLoadError",

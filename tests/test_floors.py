@@ -16,7 +16,20 @@ PACKAGE = Path(shardckpt.__file__).parent
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "box", "workers", "reports", "filenames"}),
-    frozenset({"storage", "codecs", "safetensors_format", "sharing", "manifest", "wordstore", "background", "options"}),
+    frozenset(
+        {
+            "storage",
+            "codecs",
+            "safetensors_format",
+            "sharing",
+            "manifest",
+            "wordstore",
+            "background",
+            "options",
+            "indexing",
+            "relocation",
+        }
+    ),
     frozenset({"state", "planner", "coordinator"}),
     frozenset({"staging"}),
     frozenset({"writer", "reader"}),

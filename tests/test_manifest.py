@@ -351,7 +351,7 @@ skeletons = st.recursive(
 @settings(max_examples=400, deadline=None)
 def test_a_skeleton_that_is_accepted_can_be_restored(skeleton):
     """Nothing that the check lets pass makes the code behind it stumble: it is refused by name, or becomes a value."""
-    from shardckpt.loading import relocation
+    from shardckpt.relocation import relocation
     from shardckpt.state.match import Match
 
     found = manifest(state={"s": skeleton})

@@ -8,9 +8,11 @@ import torch
 
 from shardckpt.background import PendingSave
 from shardckpt.checkpointer import Checkpointer
-from shardckpt.loading import MapLocation
+from shardckpt.indexing import Index
 from shardckpt.options import Compression, Path, SaveOptions
+from shardckpt.relocation import MapLocation
 from shardckpt.reports import SaveReport
+from shardckpt.state import KeyMap, Prefix
 
 
 @functools.cache
@@ -66,6 +68,8 @@ def load(
     path: Path,
     state: Any = None,
     *,
+    prefix: Prefix = (),
+    key_map: KeyMap | None = None,
     map_location: MapLocation = None,
     strict: bool = True,
     weights_only: bool | None = None,
@@ -79,6 +83,8 @@ def load(
     return _engine().load(
         path,
         state,
+        prefix=prefix,
+        key_map=key_map,
         map_location=map_location,
         strict=strict,
         weights_only=weights_only,
@@ -88,10 +94,17 @@ def load(
 
 
 def read_tensor(
-    path: Path, name: str, *, map_location: MapLocation = None, storage_options: Mapping[str, Any] | None = None
+    path: Path,
+    name: str,
+    index: Index = ...,
+    *,
+    map_location: MapLocation = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
-    """One tensor of a checkpoint by its fully qualified name, whole, on this process alone.
+    """One tensor of a checkpoint by its fully qualified name, whole or the part ``[index]``, on this process alone.
 
-    Raises TensorNotFoundError, which names similar ones, where the checkpoint has none of that name.
+    ``index`` is an int, a slice, an Ellipsis or a tuple of these; only what holds that part is read. Raises
+    TensorNotFoundError, which names similar ones, where the checkpoint has none of that name; TensorIndexError, an
+    IndexError, where the tensor has no such part.
     """
-    return _engine().open(path, storage_options=storage_options).read_tensor(name, map_location=map_location)
+    return _engine().open(path, storage_options=storage_options).read_tensor(name, index, map_location=map_location)

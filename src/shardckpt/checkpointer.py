@@ -17,12 +17,13 @@ from shardckpt import commit, coordinator, filenames, loading, options, saving
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, turn
 from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError
-from shardckpt.loading import MapLocation, OpenCheckpoint
+from shardckpt.loading import OpenCheckpoint
 from shardckpt.options import Compression, Path, SaveOptions, ShareReads
+from shardckpt.relocation import MapLocation
 from shardckpt.reports import SaveReport
 from shardckpt.saving import AliasJob, Job, Opening, SaveJob, Structure
 from shardckpt.staging import StagingPool, stage
-from shardckpt.state import Flattened, flatten
+from shardckpt.state import Flattened, KeyMap, Prefix, flatten
 from shardckpt.storage import open_storage
 from shardckpt.writer import ShardWriter
 
@@ -244,6 +245,8 @@ class Checkpointer:
         path: Path,
         state: Any = None,
         *,
+        prefix: Prefix = (),
+        key_map: KeyMap | None = None,
         map_location: MapLocation = None,
         strict: bool = True,
         weights_only: bool | None = None,
@@ -257,19 +260,27 @@ class Checkpointer:
         Tensors are written into, plain values replaced, modules and optimizers restored through their own semantics. A
         top-level key that ``state`` lacks is skipped and reported. ``strict=False`` restores what matches and reports
         the rest. ``map_location`` and ``weights_only`` mean what they mean in ``torch.load``; live tensors stay where
-        they are.
+        they are. Those on the meta device get memory where ``map_location`` says, or on the devices of their mesh, and
+        stay the same objects.
+
+        ``prefix`` takes a sub-tree of the saved state for the whole: dotted text, or a tuple of keys. ``key_map``
+        gives names of the checkpoint (below ``prefix``) other ones: a dict of names, of which each stands for all that
+        lies below it and the longest counts, or a function from name to name.
 
         Raises CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError naming every difference before
-        anything has been changed, UnsafeLoadError, StorageError; on every rank, if on any.
+        anything has been changed, TensorNotFoundError and UsageError for a prefix or a key map that does not fit,
+        UnsafeLoadError, StorageError; on every rank, if on any.
         """
         if state is None:
             opened = self.open(path, storage_options=storage_options)
-            return opened.materialise(map_location=map_location, weights_only=weights_only)
+            return opened.materialise(prefix, key_map=key_map, map_location=map_location, weights_only=weights_only)
         for attempt in range(_RESTARTS):
             opened = self.open(path, storage_options=storage_options, collective=True)
             try:
                 return opened.restore(
                     state,
+                    prefix=prefix,
+                    key_map=key_map,
                     strict=strict,
                     map_location=map_location,
                     weights_only=weights_only,

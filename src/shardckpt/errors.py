@@ -4,9 +4,10 @@
 
     ShardckptError
     ├── UsageError (ValueError)                      fix the call
-    │   └── UnserialisableError (TypeError)          take the object out of the state, or make it picklable
+    │   ├── UnserialisableError (TypeError)          take the object out of the state, or make it picklable
+    │   └── TensorIndexError (IndexError)            an index past the end of a tensor
     ├── CheckpointNotFoundError (FileNotFoundError)  look at the path; the message names what lies beside it
-    ├── TensorNotFoundError (KeyError)               no tensor of that name; the message has similar ones
+    ├── TensorNotFoundError (KeyError)               nothing of that name; the message has similar ones
     ├── StateMismatchError (ValueError)              checkpoint and live state differ; nothing was changed
     ├── UnsafeLoadError                              pickled objects: trust the file, or load without them
     ├── CorruptCheckpointError                       the bytes are not what was written; use another checkpoint
@@ -40,12 +41,16 @@ class UnserialisableError(UsageError, TypeError):
     """A value of the state can be stored neither as a tensor, nor as a plain value, nor by pickle."""
 
 
+class TensorIndexError(UsageError, IndexError):
+    """An index lies outside of the stored tensor, or has more dimensions."""
+
+
 class CheckpointNotFoundError(ShardckptError, FileNotFoundError):
     """No complete checkpoint lies at the path."""
 
 
 class TensorNotFoundError(ShardckptError, KeyError):
-    """The checkpoint has no tensor of that name."""
+    """The checkpoint has no tensor, and nothing else, of that name."""
 
     __str__ = Exception.__str__  # a KeyError shows its message as a key, in quotes
 

@@ -1,11 +1,11 @@
 """One load: the manifest, what it is restored into, and the order in which nothing is lost."""
 
-import difflib
 import io
+import logging
 import pickle
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from shardckpt import commit, filenames
 from shardckpt import manifest as mf
 from shardckpt.box import full_box
+from shardckpt.codecs import torch_dtype
 from shardckpt.coordinator import Operation, begin_alone, turn
 from shardckpt.errors import (
     CorruptCheckpointError,
@@ -22,22 +23,34 @@ from shardckpt.errors import (
     ShardckptError,
     TensorNotFoundError,
     UnsafeLoadError,
-    UsageError,
 )
+from shardckpt.indexing import Index, select
 from shardckpt.manifest import Manifest
 from shardckpt.options import Path, ShareReads
 from shardckpt.planner import Wanted
-from shardckpt.reader import ReadStats, Target, check_files, read_bytes, read_together
+from shardckpt.reader import ReadStats, Target, check_files, read_bytes, read_targets, read_together
+from shardckpt.relocation import MapLocation, relocation
 from shardckpt.reports import LoadReport
 from shardckpt.staging import StagingPool
-from shardckpt.state import Differences, Match, meshes, parameter_names, together
-from shardckpt.state.names import check_root
+from shardckpt.state import (
+    Differences,
+    KeyMap,
+    Match,
+    Prefix,
+    hint,
+    meshes,
+    meta_tensors,
+    parameter_names,
+    prefix_name,
+    rename,
+    subtree,
+    together,
+)
+from shardckpt.state.names import check_root, iter_modules
 from shardckpt.state.schema import check_skeleton
-from shardckpt.state.skeleton import child_node
 from shardckpt.storage import Storage, open_storage
 
-MapLocation = Any
-"""What ``torch.load`` takes: None, a device, a string, a dict of location tags, or a callable."""
+log = logging.getLogger(__name__)
 
 
 def read_manifest(
@@ -99,21 +112,19 @@ class OpenCheckpoint:
 
     def materialise(
         self,
-        prefix: tuple[Any, ...] = (),
+        prefix: Prefix = (),
         *,
+        key_map: KeyMap | None = None,
         map_location: MapLocation = None,
         weights_only: bool | None = None,
     ) -> Any:
         """The value at a place of the state, made anew on this process alone.
 
-        A module becomes a dict of its tensors, an optimizer torch's index-keyed state dict. Raises KeyError where the
-        state has no such place.
+        A module becomes a dict of its tensors, an optimizer torch's index-keyed state dict. Raises TensorNotFoundError,
+        a KeyError, where the state has no such place.
         """
         match = self._match({}, map_location, strict=True, convert_dtype=False)
-        node = self.manifest.state
-        for depth, key in enumerate(prefix):
-            node = child_node(node, key, ".".join(map(str, prefix[:depth])))
-        value = match.new(node, ".".join(map(str, prefix)))
+        value = match.new(self._part(prefix, key_map, None, strict=True), prefix_name(prefix))
         self._load_objects(match, map_location, weights_only)
         self._fill_new(match)
         return value()
@@ -122,6 +133,8 @@ class OpenCheckpoint:
         self,
         state: Any,
         *,
+        prefix: Prefix = (),
+        key_map: KeyMap | None = None,
         strict: bool = True,
         map_location: MapLocation = None,
         weights_only: bool | None = None,
@@ -138,16 +151,18 @@ class OpenCheckpoint:
         with turn(operation, "match") as matched:
             check_root(state)
             match = self._match(parameter_names(state), map_location, strict=strict, convert_dtype=convert_dtype)
-            place = match.match(state, self.manifest.state, "")
+            on_meta = list(meta_tensors(state))
+            place = match.match(state, self._part(prefix, key_map, state, strict=strict), "")
             matched.word = msgspec.msgpack.encode(Matched(match.differences, match.meshes.digests()))
         ranks = [msgspec.msgpack.decode(word, type=Matched) for word in matched.heard]
         verdict, differences = together([found.differences for found in ranks], operation.rank)
         if meshes.may_differ([found.meshes for found in ranks]):
             meshes.check(operation.agree("meshes", match.meshes.encode()))
         with turn(operation, "check"):
-            verdict.check(self.path, strict=strict)
+            where = prefix_name(prefix)
+            verdict.check(f"{self.path} at {where!r}" if where else self.path, strict=strict)
             self._load_objects(match, map_location, weights_only)
-            check_files(self.manifest, self.storage, [Wanted(t.fqn, box) for t in match.targets for box in t.boxes])
+            check_files(self.manifest, self.storage, [Wanted(t.fqn, box) for t in match.live() for box in t.boxes])
         with turn(operation, "restore", self._patience):
             try:
                 self._fill(match, convert_dtype=convert_dtype, stats=stats, operation=operation)
@@ -155,6 +170,14 @@ class OpenCheckpoint:
                 place()
             except Exception as error:
                 raise _with_safety(error, self.path, changed=stats.placing or operation.world_size > 1) from error
+        left_on_meta = [name for name, tensor in on_meta if tensor.is_meta]
+        if left_on_meta:
+            log.warning(
+                "%s has nothing for %s, still on the meta device; fill what you need of it (buffers that are not"
+                " persistent are never saved)",
+                self.path,
+                ", ".join(left_on_meta),
+            )
         return LoadReport(
             path=self.path,
             save_id=self.manifest.save_id,
@@ -164,23 +187,40 @@ class OpenCheckpoint:
             unexpected=differences.unexpected,
             mismatched=differences.mismatched,
             skipped=differences.skipped,
+            left_on_meta=left_on_meta,
             bytes_read=stats.bytes_read,
             seconds=time.monotonic() - started,
             bytes_received=stats.bytes_received,
         )
 
-    def read_tensor(self, name: str, *, map_location: MapLocation = None) -> Tensor:
-        """One tensor by its name, whole, on this process alone; TensorNotFoundError where there is none."""
-        if self.manifest.resolve(name) is None:
-            names = [*self.manifest.tensors, *self.manifest.aliases]
-            tail = ".".join(name.split(".")[-2:])
-            near = difflib.get_close_matches(name, names, n=3) or [other for other in names if other.endswith(tail)][:3]
-            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise TensorNotFoundError(f"{self.path} has no tensor {name!r}.{hint}")
-        match = self._match({}, map_location, strict=True, convert_dtype=False)
-        tensor = match.new({"$tensor": name}, name)
-        self._fill_new(match)
-        return cast(Tensor, tensor())
+    def read_tensor(self, name: str, index: Index = ..., *, map_location: MapLocation = None) -> Tensor:
+        """One tensor by its name, or the part ``index`` of it, on this process alone: what ``full[index]`` would be.
+
+        Reads what holds the smallest box around that part. Raises TensorNotFoundError where there is none of the name,
+        TensorIndexError and UsageError for an index that the tensor does not have or that is none.
+        """
+        entry = self.manifest.resolve(name)
+        if entry is None:
+            near = hint(name, [*self.manifest.tensors, *self.manifest.aliases])
+            raise TensorNotFoundError(f"{self.path} has no tensor {name!r}.{near}")
+        relocate = relocation(map_location)
+        box, within = select(index, entry.shape, name)
+        check_files(self.manifest, self.storage, [Wanted(name, box)])
+        try:
+            tensor = torch.empty(box.lengths, dtype=torch_dtype(entry.dtype), device="cpu")
+        except (RuntimeError, MemoryError) as error:
+            raise self._no_memory(error) from error
+        read_targets(self.manifest, self.storage, [Target(name, box, tensor)], pool=self._pool)
+        # What lies between the steps of a slice is not kept.
+        return relocate(tensor[within].contiguous(), entry.location)
+
+    def _part(self, prefix: Prefix, key_map: KeyMap | None, state: Any, *, strict: bool) -> Any:
+        """The node at ``prefix`` under the names that ``key_map`` gives; ``state`` is what it is restored into."""
+        node = subtree(self.manifest.state, prefix)
+        if key_map is None:
+            return node
+        modules = None if state is None else [path for path, _ in iter_modules(state)]
+        return rename(node, key_map, modules, strict=strict)
 
     def _match(
         self, parameters: Mapping[int, str], map_location: MapLocation, *, strict: bool, convert_dtype: bool
@@ -206,9 +246,7 @@ class OpenCheckpoint:
             try:
                 return _targets(match.allocate())
             except (RuntimeError, MemoryError) as error:
-                raise LoadFailedError(
-                    f"{self.path}: no memory for what is to be restored: {_first_line(error)}."
-                ) from error
+                raise self._no_memory(error) from error
 
         read_together(
             self.manifest,
@@ -222,6 +260,9 @@ class OpenCheckpoint:
             stats=stats,
         )
         match.settle()
+
+    def _no_memory(self, error: Exception) -> LoadFailedError:
+        return LoadFailedError(f"{self.path}: no memory for what is to be restored: {_first_line(error)}.")
 
     def _load_objects(self, match: Match, map_location: MapLocation, weights_only: bool | None) -> None:
         for path in match.objects:
@@ -283,35 +324,3 @@ def overwritten(opened: OpenCheckpoint, error: Exception) -> bool:
     except ShardckptError:  # what went wrong before says more
         return False
     return found is not None and found.manifest.save_id != opened.manifest.save_id
-
-
-def relocation(map_location: MapLocation) -> Callable[[Tensor, str], Tensor]:
-    """How a tensor that was read on the CPU gets to where ``map_location`` says, by its location tag.
-
-    The meaning is that of ``torch.load``: https://docs.pytorch.org/docs/stable/generated/torch.load.html
-    """
-    default: Callable[[Any, str], Any] = torch.serialization.default_restore_location
-
-    def locate(storage: Any, tag: str) -> Any:
-        match map_location:
-            case None:
-                return default(storage, tag)
-            case dict():
-                return default(storage, map_location.get(tag, tag))
-            case str() | torch.device():
-                return default(storage, str(map_location))
-        placed = map_location(storage, tag)
-        return default(storage, tag) if placed is None else placed
-
-    if not (map_location is None or isinstance(map_location, (dict, str, torch.device)) or callable(map_location)):
-        raise UsageError(f"map_location is None, a device, a string, a dict or a callable, not {map_location!r}")
-
-    def relocate(tensor: Tensor, tag: str) -> Tensor:
-        storage = tensor.untyped_storage()
-        placed = locate(storage, tag)
-        if placed is storage or (placed.device == storage.device and placed.data_ptr() == storage.data_ptr()):
-            return tensor
-        moved = torch.empty(0, dtype=tensor.dtype, device=placed.device)
-        return moved.set_(placed, 0, tensor.shape, tensor.stride())
-
-    return relocate

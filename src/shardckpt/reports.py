@@ -47,6 +47,8 @@ class LoadReport:
     """Left as they were because shape, dtype or kind differ; each says how."""
     skipped: list[str]
     """Top-level keys of the checkpoint that the live state does not have."""
+    left_on_meta: list[str]
+    """Live tensors that still have no data, because the checkpoint has none for them."""
     bytes_read: int
     """By this rank, from the storage."""
     seconds: float
@@ -56,7 +58,7 @@ class LoadReport:
     def __repr__(self) -> str:
         differences = "".join(
             f", {name}={getattr(self, name)}"
-            for name in ("missing", "unexpected", "mismatched", "skipped")
+            for name in ("missing", "unexpected", "mismatched", "skipped", "left_on_meta")
             if getattr(self, name)
         )
         received = f" and {_size(self.bytes_received)} received" if self.bytes_received else ""

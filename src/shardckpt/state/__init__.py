@@ -8,20 +8,30 @@ from shardckpt.state.differences import Differences, together
 from shardckpt.state.flatten import Flattened, flatten
 from shardckpt.state.leaves import LocalTensor
 from shardckpt.state.match import Match
+from shardckpt.state.materialise import meta_tensors
 from shardckpt.state.names import ModuleState, OptimizerState, Share, parameter_names
+from shardckpt.state.renaming import KeyMap, rename
 from shardckpt.state.skeleton import merge
+from shardckpt.state.subtree import Prefix, hint, prefix_name, subtree
 
 __all__ = [
     "Differences",
     "Flattened",
+    "KeyMap",
     "LocalTensor",
     "Match",
     "ModuleState",
     "OptimizerState",
+    "Prefix",
     "Share",
     "flatten",
+    "hint",
     "merge",
     "meshes",
+    "meta_tensors",
     "parameter_names",
+    "prefix_name",
+    "rename",
+    "subtree",
     "together",
 ]

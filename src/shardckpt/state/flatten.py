@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shardckpt.errors import UnserialisableError, UsageError
 from shardckpt.state import names, values
 from shardckpt.state.beside import is_sharded, parts
-from shardckpt.state.leaves import LocalTensor, is_raw_tensor, is_uninitialised, local_tensor, memory_key
+from shardckpt.state.leaves import LocalTensor, check_data, is_raw_tensor, is_uninitialised, local_tensor, memory_key
 from shardckpt.state.selection import Selection, matches
 from shardckpt.state.skeleton import MAX_DEPTH, SPARSE_PARTS
 
@@ -186,6 +186,7 @@ class _Flattener:
             self.structure.update(f"{name}\0{self._memory[key]}\0".encode())
             return {"$tensor": name}
         leaf = local_tensor(name, value, split=split or self._replicated(name))
+        check_data(name, value, leaf.views)
         if key is not None:
             self._memory[key] = name
         self.result.tensors[name] = leaf

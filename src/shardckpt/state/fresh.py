@@ -41,6 +41,9 @@ class Room(Protocol):
 
     def make(self, entry: TensorEntry, dtype: torch.dtype) -> Tensor: ...
 
+    def finish(self, entry: TensorEntry, tensor: Tensor) -> Tensor:
+        """What becomes of it once it has been read."""
+
 
 class Maker:
     """Collects, from nodes of one manifest's skeleton, the tensors and objects that their values need.
@@ -54,7 +57,7 @@ class Maker:
         self.fresh: list[Fresh] = []
         self.objects: dict[str, Any] = {}
         self.restored: list[str] = []
-        self._relocate = relocate
+        self.relocate = relocate
         self._made: dict[Hashable, Fresh] = {}
 
     def entry(self, name: str) -> TensorEntry:
@@ -71,13 +74,7 @@ class Maker:
         if values.tag_of(node) == "$optimizer":
             node = as_torch_format(node)
         pairs = values.pairs_of(node)
-        return None if pairs is None else {self.key(key, path): value for key, value in pairs}
-
-    def key(self, node: Json, path: str) -> Any:
-        """The key of a dict that a node stands for."""
-        if values.tag_of(node) == "$tuple":
-            return tuple(self.key(item, path) for item in node["$tuple"])
-        return values.decode_scalar(node, path)
+        return None if pairs is None else {values.decode_key(key, path): value for key, value in pairs}
 
     def new(self, node: Json, path: str, room: Room | None = None) -> Thunk:
         """The thunk that makes the value of ``node`` anew; its tensors in ``room``, if given."""
@@ -120,15 +117,20 @@ class Maker:
             return self._add(
                 name,
                 None,
-                lambda: torch.empty(tuple(entry.shape), dtype=dtype),
-                lambda tensor: self._relocate(tensor, entry.location),
+                lambda: torch.empty(tuple(entry.shape), dtype=dtype, device="cpu"),
+                lambda tensor: self.relocate(tensor, entry.location),
             )
-        return self._add(name, ("room", room.key(entry)), lambda: room.make(entry, dtype), lambda tensor: tensor)
+        return self._add(
+            name,
+            ("room", room.key(entry)),
+            lambda: room.make(entry, dtype),
+            lambda tensor: room.finish(entry, tensor),
+        )
 
     def _new_array(self, name: str) -> Thunk:
         # To torch.load an array is a value like any other, that no map_location moves.
         shape, dtype = tuple(self.entry(name).shape), self._dtype(name)
-        fresh = self._add(name, "array", lambda: torch.empty(shape, dtype=dtype), lambda tensor: tensor)
+        fresh = self._add(name, "array", lambda: torch.empty(shape, dtype=dtype, device="cpu"), lambda tensor: tensor)
         return lambda: fresh.value().numpy()
 
     def _dtype(self, name: str) -> torch.dtype:

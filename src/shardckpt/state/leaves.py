@@ -4,7 +4,7 @@ Every kind that is stored as raw bytes becomes a `LocalTensor`: global shape, dt
 Boxes, plural: a rank of a ``_StridedShard`` holds several runs of rows.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -73,10 +73,10 @@ def _is_sharded_tensor(value: Any) -> bool:
 
 
 def local_tensor(fqn: str, tensor: Tensor, *, split: bool) -> LocalTensor:
-    """What this rank holds of ``tensor``.
+    """What this rank holds of ``tensor``; of one on the meta device, what it would hold.
 
-    Raises UnserialisableError for a tensor without data (meta, fake) and for a DTensor with a ``Partial`` placement, or
-    whose local part is not what its placements say; ConflictingStateError for a ShardedTensor of that kind.
+    Raises UnserialisableError for a DTensor with a ``Partial`` placement, or whose local part is not what its
+    placements say; ConflictingStateError for a ShardedTensor of that kind.
     """
     shape = tuple(tensor.shape)
     whole = full_box(shape)
@@ -87,17 +87,21 @@ def local_tensor(fqn: str, tensor: Tensor, *, split: bool) -> LocalTensor:
         boxes, views = _sharded_tensor_parts(fqn, tensor)
     else:
         boxes, views = [whole], [tensor.detach()]
-    if tensor.device.type == "meta" or any(view.device.type == "meta" for view in views):
-        raise UnserialisableError(
-            f"tensor {fqn!r} is on the meta device and has no data. Materialise it first, for instance with"
-            " `module.to_empty(device=...)`."
-        )
     pieces = boxes != [whole]
     if pieces or not whole.volume:
         held = [(box, view) for box, view in zip(boxes, views, strict=True) if box.volume]
         boxes, views = [box for box, _ in held], [view for _, view in held]
     dtype, location = DTYPE_NAMES[tensor.dtype], _location(tensor, pieces=pieces)
     return LocalTensor(fqn, shape, dtype, tuple(boxes), tuple(views), split, location)
+
+
+def check_data(fqn: str, tensor: Tensor, views: Sequence[Tensor]) -> None:
+    """Raise UnserialisableError for a tensor without data; ``views`` are those of its `LocalTensor`."""
+    if tensor.device.type == "meta" or any(view.device.type == "meta" for view in views):
+        raise UnserialisableError(
+            f"tensor {fqn!r} is on the meta device and has no data. Load a checkpoint into it, or materialise it with"
+            " `module.to_empty(device=...)`."
+        )
 
 
 def memory_key(tensor: Tensor) -> Hashable | None:

@@ -14,15 +14,17 @@ from shardckpt.codecs import DTYPES
 from shardckpt.manifest import Manifest
 from shardckpt.state import names, values
 from shardckpt.state.differences import Differences
-from shardckpt.state.fresh import Maker, Thunk
+from shardckpt.state.fresh import Fresh, Maker, Thunk
 from shardckpt.state.leaves import (
     LocalTensor,
+    is_distributed,
     is_raw_tensor,
     is_uninitialised,
     local_tensor,
     memory_key,
     overlaps_itself,
 )
+from shardckpt.state.materialise import install, like, why_not
 from shardckpt.state.meshes import Meshes
 from shardckpt.state.modules import match_module
 from shardckpt.state.optimizers import match_optimizer
@@ -34,7 +36,8 @@ Json = Any
 class Match(Maker):
     """One live state (or none) held against one manifest.
 
-    ``targets`` are live tensors to fill, under the names of the checkpoint.
+    ``targets`` are live tensors to fill, under the names of the checkpoint; ``materialised``, by ``id``, live tensors
+    on the meta device that will get data, and new tensors to be filled in their stead.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Match(Maker):
     ) -> None:
         super().__init__(manifest, relocate)
         self.targets: list[LocalTensor] = []
+        self.materialised: dict[int, tuple[Tensor, Fresh]] = {}
         self.differences = Differences()
         self.meshes = Meshes()
         self.parameters = parameters
@@ -55,18 +59,27 @@ class Match(Maker):
         self.strict = strict
         self._filled: dict[Hashable, str] = {}
 
+    def live(self) -> list[LocalTensor]:
+        """What is wanted for live tensors, known before anything is allocated."""
+        metas = [local_tensor(fresh.fqn, live, split=False) for live, fresh in self.materialised.values()]
+        return [*self.targets, *metas]
+
     def allocate(self) -> list[LocalTensor]:
         """Allocate what is new; returns everything to be filled."""
         filled = list(self.targets)
-        for fresh in self.fresh:
+        for fresh in self._all_fresh():
             fresh.tensor = fresh.make()
             filled.append(local_tensor(fresh.fqn, fresh.tensor, split=False))
         return filled
 
     def settle(self) -> None:
         """Give new tensors their final place, once read."""
-        for fresh in self.fresh:
+        for fresh in self._all_fresh():
             fresh.tensor = fresh.finish(fresh.value())
+
+    def _all_fresh(self) -> list[Fresh]:
+        # Optimizer state follows its parameter, which therefore comes first.
+        return [*(fresh for _, fresh in self.materialised.values()), *self.fresh]
 
     def match(self, live: Any, node: Json, path: str) -> Thunk:
         """The thunk that restores ``node`` into ``live``, and the value that then belongs in its place."""
@@ -85,7 +98,8 @@ class Match(Maker):
             return lambda: (live.load_state_dict(value()), live)[1]
         return value
 
-    def tensor(self, live: Tensor, node: Json, path: str) -> Thunk:
+    def tensor(self, live: Tensor, node: Json, path: str, owner: Tensor | None = None) -> Thunk:
+        """As `match`. ``owner`` is the tensor itself where ``live``, being on the meta device, only describes it."""
         if not is_raw_tensor(live) or is_uninitialised(live):
             return self.new(node, path)
         name = tensor_name(node)
@@ -94,9 +108,47 @@ class Match(Maker):
                 values.tag_of(node) or "", "a plain value"
             )
             self.differences.mismatched.append(f"{path}: a tensor here, but {found} in the checkpoint")
+        elif live.is_meta:
+            return self._materialise(live, live if owner is None else owner, name, path)
         elif self.fits(live, name, path):
             self.fill(live, name, path)
         return lambda: live
+
+    def _materialise(self, live: Tensor, owner: Tensor, name: str, path: str) -> Thunk:
+        """Have a meta tensor read anew, and ``owner`` become that."""
+        if self.can_materialise(owner, path) and self.fits(live, name, path):
+            entry = self.entry(name)
+            fresh = Fresh(
+                self.manifest.aliases.get(name, name),
+                entry,
+                lambda: like(live, live.dtype),
+                lambda tensor: tensor if is_distributed(live) else self.relocate(tensor, entry.location),
+            )
+            self.restored.append(name)
+            self.meshes.add(name, live)
+            self.materialised[id(owner)] = owner, fresh  # the last name of a tied one counts
+        return lambda: self._installed(owner)
+
+    def can_materialise(self, live: Tensor, path: str) -> bool:
+        """Whether a meta tensor can get data; the reason why not goes to the differences."""
+        why = why_not(live)
+        if why is not None:
+            self.differences.mismatched.append(f"{path}: {why}; materialise it first (`module.to_empty(device=...)`)")
+        return why is None
+
+    def make_room(self, live: Tensor) -> None:
+        """Give a meta tensor memory for others to fill."""
+        if live.is_meta:
+            made = like(live, live.dtype)
+            install(live, made if is_distributed(live) else self.relocate(made, "cpu"))
+
+    def _installed(self, live: Tensor) -> Tensor:
+        if id(live) in self.materialised:
+            _, fresh = self.materialised[id(live)]
+            if fresh.tensor is not None:
+                install(live, fresh.tensor)
+                fresh.tensor = None
+        return live
 
     def fits(self, live: Tensor, name: str, path: str) -> bool:
         """Whether a live tensor can take a stored one; the reasons why not go to the differences."""

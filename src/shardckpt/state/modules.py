@@ -2,6 +2,7 @@
 # ruff: noqa: SLF001 - torch offers no public way to ask a module for its loading hooks
 
 import collections
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,9 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
     state_dict = live.state_dict if isinstance(live, names.ModuleState) else module.state_dict()
     cleaned = names.clean_names(module, list(state_dict))
     owned = {storage_key(t) for t in [*module.parameters(), *module.buffers()] if not is_uninitialised(t)} - {None}
+    on_meta = _on_meta(module)
     thunks: dict[str, Thunk] = {}
+    made_room: list[Thunk] = []
     missing = []
     in_place = True
     for raw, value in state_dict.items():
@@ -44,13 +47,12 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
             missing.append(clean)
             continue
         raw_live = isinstance(value, Tensor) and is_raw_tensor(value) and not is_uninitialised(value)
-        # One without data is refused where it is matched.
-        if raw_live and (value.is_meta or storage_key(value) in owned):
-            thunks[raw] = match.tensor(value, saved[clean], child)
+        if raw_live and (storage_key(value) in owned or (value.is_meta and raw in on_meta)):
+            thunks[raw] = match.tensor(value, saved[clean], child, on_meta.get(raw))
             continue
         in_place = False
         name = tensor_name(saved[clean])
-        if raw_live and name is not None and is_distributed(value):
+        if raw_live and name is not None and is_distributed(value) and not value.is_meta:
             # A hook made it; loading code will want one that is sharded alike.
             thunks[raw] = match.tensor(value, saved[clean], child)
         elif not raw_live or name is None or match.fits(value, name, child):
@@ -75,6 +77,16 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
         in_place = in_place and set(missed) == set(missing) and set(unknown) == set(unexpected)
         for clean in [clean for clean in unexpected if clean not in unknown]:
             thunks[raw_of[clean]] = match.new(saved[clean], names.child_path(path, clean))
+        for raw in [raw for raw in on_meta if cleaned.get(raw) in missing and cleaned[raw] not in missed]:
+            # Its loading code will copy into it, which takes memory.
+            child = names.child_path(path, cleaned[raw])
+            if verdict is None:
+                match.differences.mismatched.append(
+                    f"{child}: on the meta device, and missing here, unless the module's own loading code makes it up,"
+                    " which cannot be asked beforehand; materialise it first (`module.to_empty(device=...)`)"
+                )
+            elif match.can_materialise(on_meta[raw], child):
+                made_room.append(functools.partial(match.make_room, on_meta[raw]))
         missing, unexpected = missed, unknown
     match.differences.missing += [names.child_path(path, name) for name in missing]
     match.differences.unexpected += [names.child_path(path, clean) for clean in unexpected]
@@ -83,11 +95,19 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
     strict = match.strict
 
     def place() -> Any:
+        for make in made_room:
+            make()
         loaded = _state_dict(((raw, thunk()) for raw, thunk in thunks.items()), metadata)
         module.load_state_dict(loaded, strict=strict)
         return live
 
     return place
+
+
+def _on_meta(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers that have a shape and no data, by each of their names."""
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {raw: tensor for raw, tensor in tensors if tensor.is_meta and not is_uninitialised(tensor)}
 
 
 def _state_dict(items: Iterable[tuple[str, Any]], metadata: dict[str, Any]) -> dict[str, Any]:

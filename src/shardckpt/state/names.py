@@ -5,6 +5,7 @@ the prefixes that wrappers add. Optimizer state is keyed by that name, so it fin
 sharding, any order of param groups and any number of processes.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
@@ -205,6 +206,11 @@ def optimizer_parameter_names(
 def place_in_groups(group: int, index: int) -> str:
     """The name of a parameter outside every module."""
     return f"param_groups.{group}.{index}"
+
+
+def is_place_in_groups(name: str) -> bool:
+    """Whether a parameter goes by its place, for want of a name."""
+    return re.fullmatch(r"param_groups\.\d+\.\d+", name) is not None
 
 
 def is_torch_format(state_dict: Any, named: list[list[str]]) -> bool:

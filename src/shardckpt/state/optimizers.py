@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from shardckpt.manifest import TensorEntry
 from shardckpt.state import names, values
 from shardckpt.state.beside import as_part, like_parameter
+from shardckpt.state.materialise import host_of, like
 from shardckpt.state.skeleton import optimizer_node, tensor_name
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
         name: _match_state(
             match,
             optimizer.state.get(parameters[name], {}),
-            Beside(parameters[name], name if name != source else None),
+            Beside(match, parameters[name], name if name != source else None),
             body["state"][source],
             names.child_path(state_path, source),
             step_on_device[name],
@@ -124,7 +125,7 @@ def _named(match: "Match", node: Json, live_names: list[list[str]], path: str) -
             return {"state": {}, "param_groups": []}
         by_index.update(zip(numbers, group_names, strict=True))
         groups.append({"params": group_names, "options": group})
-    state = [(match.key(key, path), key, item) for key, item in values.pairs_of(items["state"]) or []]
+    state = [(values.decode_key(key, path), key, item) for key, item in values.pairs_of(items["state"]) or []]
     rest = [[key, item] for key, item in values.pairs_of(node) or [] if key not in ("state", "param_groups")]
     return {
         "state": {by_index[index]: item for index, _, item in state if index in by_index},
@@ -191,7 +192,8 @@ def _match_state(
         child = names.child_path(path, key)
         value = live.get(key)
         name = item.get("$tensor") if isinstance(item, dict) else None
-        part = as_part(value, beside.parameter) if isinstance(value, Tensor) else None
+        # State that has no data yet is made anew, where its parameter will be.
+        part = as_part(value, beside.parameter) if isinstance(value, Tensor) and not value.is_meta else None
         if (
             part is not None
             and name is not None
@@ -218,9 +220,11 @@ def _same_kind(match: "Match", live: Tensor, name: str) -> bool:
 class Beside:
     """Room for optimizer state: on its parameter's device, and sharded like it where it has its shape.
 
-    Beside a DTensor, state of another shape is a replicated one.
+    Beside a DTensor, state of another shape is a replicated one. A parameter that is still on the meta device will be
+    where the load puts it, if it does, and so will its state.
     """
 
+    match: "Match"
     parameter: Tensor
     twin: str | None
     """The parameter's name where the state is that of another one, to which it was tied; each has its own from now."""
@@ -231,16 +235,27 @@ class Beside:
         return not self.is_step and tuple(entry.shape) == tuple(self.parameter.shape)
 
     def key(self, entry: TensorEntry) -> Hashable:
-        place: Hashable = None
+        place: Hashable = id(self.parameter) if self.parameter.is_meta else None
         if isinstance(self.parameter, DTensor):
             place = id(self.parameter) if self._is_shaped(entry) else self.parameter.device_mesh
         return self.parameter.device, self.is_step, self.twin, place
 
     def make(self, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
         if self._is_shaped(entry):
-            return torch.empty_like(self.parameter.detach(), dtype=dtype)
-        device = "cpu" if self.is_step and entry.location == "cpu" else self.parameter.device
+            return like(self.parameter, dtype)
+        device = "cpu" if self._stays_on_cpu(entry) else host_of(self.parameter)
         return like_parameter(torch.empty(tuple(entry.shape), dtype=dtype, device=device), self.parameter)
+
+    def finish(self, entry: TensorEntry, tensor: Tensor) -> Tensor:
+        if not self.parameter.is_meta or isinstance(self.parameter, DTensor) or self._stays_on_cpu(entry):
+            return tensor
+        if id(self.parameter) not in self.match.materialised:
+            return self.match.relocate(tensor, entry.location)
+        _, fresh = self.match.materialised[id(self.parameter)]
+        return tensor.to(fresh.value().device)
+
+    def _stays_on_cpu(self, entry: TensorEntry) -> bool:
+        return self.is_step and entry.location == "cpu"
 
 
 def _counts_on_device(options: Json) -> bool:

@@ -122,6 +122,6 @@ def child_node(node: Json, key: Any, path: str) -> Json:
             raise KeyError(key)
         return node[key]
     for key_node, value in values.pairs_of(node) or []:
-        if values.decode_scalar(key_node, path) == key:
+        if values.decode_key(key_node, path) == key:
             return value
     raise KeyError(key)

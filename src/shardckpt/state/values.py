@@ -221,6 +221,13 @@ def decode_scalar(node: Json, path: str) -> Any:
         ) from error
 
 
+def decode_key(node: Json, path: str) -> Any:
+    """The key of a dict that a node stands for; raises as `decode_scalar` does."""
+    if tag_of(node) == "$tuple":
+        return tuple(decode_key(item, path) for item in node["$tuple"])
+    return decode_scalar(node, path)
+
+
 def encode_pairs(value: dict[Any, Any], pairs: list[list[Json]]) -> Json:
     """The JSON of a dict of one of the known dict types, given its encoded items in order."""
     if type(value) is collections.OrderedDict:
@@ -230,6 +237,18 @@ def encode_pairs(value: dict[Any, Any], pairs: list[list[Json]]) -> Json:
     if type(value) is collections.defaultdict:
         factory = value.default_factory
         return {"$defaultdict": [None if factory is None else getattr(factory, "__name__", None), pairs]}
+    return _plain_dict(pairs)
+
+
+def with_pairs(node: Json, pairs: list[list[Json]]) -> Json:
+    """A dict node of the same kind as ``node``, with other (key node, value node) items."""
+    tag = tag_of(node)
+    if tag == "$defaultdict":
+        return {tag: [node[tag][0], pairs]}
+    return {tag: pairs} if tag in ("$ordered", "$counter") else _plain_dict(pairs)
+
+
+def _plain_dict(pairs: list[list[Json]]) -> Json:
     if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
         return dict(pairs)
     return {"$dict": pairs}
