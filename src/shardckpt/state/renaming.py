@@ -26,7 +26,7 @@ def rename(skeleton: Json, key_map: KeyMap, modules: Collection[str] | None, *, 
     Raises UsageError where two places get one name, where a dict's key is no name of the checkpoint (if ``strict``),
     and for what cannot be moved: the items of a list.
     """
-    walk = _Renamer(_Mapping(key_map))
+    walk = _Renamer(_Mapping(key_map), modules or ())
     root = walk.keep(skeleton, "", "")
     unknown = walk.mapping.unused() if strict else []
     if unknown:
@@ -82,8 +82,9 @@ class _Mapping:
 class _Renamer:
     """Walks over a skeleton: what keeps its place in its container stays, all else is listed as moved."""
 
-    def __init__(self, mapping: _Mapping) -> None:
+    def __init__(self, mapping: _Mapping, modules: Collection[str]) -> None:
         self.mapping = mapping
+        self._modules = modules
         self.moved: list[tuple[str, Json, bool]] = []
         """Where to, what, and whether it was a module's."""
         self.versions: list[tuple[str, int]] = []
@@ -159,29 +160,39 @@ class _Renamer:
         return {"$tuple": items} if isinstance(node, dict) else items
 
     def _dict(self, node: Json, pairs: list[tuple[Json, Json]], old: str, new: str) -> Json:
-        keys = {str(values.decode_key(key, old)) for key, _ in pairs}
+        keys = [values.decode_key(key, old) for key, _ in pairs]
+        targets = [self.mapping(names.child_path(old, key)) for key in keys]
+        inner = [_inner(str(key), new, target) for key, target in zip(keys, targets, strict=True)]
         kept: list[list[Json]] = []
-        for key_node, item in pairs:
-            key = values.decode_key(key_node, old)
-            child = names.child_path(old, key)
-            target = self.mapping(child)
-            value = self.keep(item, child, target)
-            inner = target if not new else target.removeprefix(f"{new}.")
+        for (key_node, item), key, target, name in zip(pairs, keys, targets, inner, strict=True):
+            place = len(self.moved)  # what moves out of a container comes after it
+            value = self.keep(item, names.child_path(old, key), target)
             if value is _GONE:
                 continue
-            if target == names.child_path(new, key):
-                kept.append([key_node, value])
-            elif inner and target == names.child_path(new, inner) and inner not in keys and _alike(str(key), inner):
-                keys.add(inner)
-                kept.append([inner, value])
+            into_module = module_entries(value) is not None and _owners(self._modules, target)
+            if into_module or name is None or inner.count(name) > 1:
+                self.moved.insert(place, (target, value, False))
             else:
-                self.moved.append((target, value, False))
+                kept.append([key_node if target == names.child_path(new, key) else name, value])
         return values.with_pairs(node, kept) if kept else _GONE
 
 
-def _alike(key: str, other: str) -> bool:
-    """Whether one may stand for the other in a dict: both are one step of a path, or the dict is one of whole paths."""
-    return "." in key or "." not in other
+def _inner(key: str, container: str, target: str) -> str | None:
+    """The name in ``container`` that something called ``key`` has when it is called ``target``; None if it moves out.
+
+    Both are one step of a path, unless the keys are paths themselves.
+    """
+    name = target.removeprefix(f"{container}.") if container else target
+    if not name or target != names.child_path(container, name):
+        return None
+    return name if name == key or "." in key or "." not in name else None
+
+
+def _owners(modules: Collection[str], target: str) -> list[str]:
+    """The modules whose names begin above ``target``, where no module is."""
+    if target in modules:
+        return []
+    return [name for name in modules if not name or target.startswith(f"{name}.")]
 
 
 class _Placing:
@@ -193,8 +204,8 @@ class _Placing:
 
     def place(self, root: Json, target: str, node: Json) -> Json:
         """``root`` with ``node`` at ``target``. Changes ``root``, whose containers must be nobody else's."""
-        owners = [name for name in self._modules or () if not name or target.startswith(f"{name}.")]
-        if owners and target not in (self._modules or ()):
+        owners = _owners(self._modules or (), target)
+        if owners:
             owner = max(owners, key=len)
             name = target.removeprefix(f"{owner}." if owner else "")
             # An entry of a module is one, whatever it is; a container that moves into a module becomes its entries.
