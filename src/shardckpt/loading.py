@@ -164,12 +164,15 @@ class OpenCheckpoint:
             self._load_objects(match, map_location, weights_only)
             check_files(self.manifest, self.storage, [Wanted(t.fqn, box) for t in match.live() for box in t.boxes])
         with turn(operation, "restore", self._patience):
+            filled = False
             try:
                 self._fill(match, convert_dtype=convert_dtype, stats=stats, operation=operation)
-                stats.placing = True
+                filled = True
                 place()
             except Exception as error:
-                raise _with_safety(error, self.path, changed=stats.placing or operation.world_size > 1) from error
+                # What was placed so far may be in new tensors only, which nobody has seen.
+                changed = filled or (stats.placing and bool(match.targets)) or operation.world_size > 1
+                raise _with_safety(error, self.path, changed=changed) from error
         left_on_meta = [name for name, tensor in on_meta if tensor.is_meta]
         if left_on_meta:
             log.warning(
