@@ -178,6 +178,28 @@ def test_map_location_says_where(saved, where):
     assert "model.embed.weight" in report.left_on_meta
 
 
+def test_optimizer_state_goes_where_its_parameter_goes(tmp_path):
+    """State of a parameter that map_location moves is beside it, and a step counter stays on the CPU."""
+    model, optimizer = train(1, 2, ddp=False)
+    shardckpt.save({"optimizer": optimizer, "model": model}, tmp_path / "ck")
+    live = on_meta(TinyNet)
+    theirs = torch.optim.AdamW(live.parameters())
+    # The first tensor that is asked for is the model's: what the optimizer has is not asked for at all.
+    shardckpt.load(
+        tmp_path / "ck", {"optimizer": theirs, "model": live}, map_location=lambda storage, _: to_meta(storage)
+    )
+    for state in theirs.state.values():
+        assert {key: value.device.type for key, value in state.items()} == {
+            "step": "cpu",
+            "exp_avg": "meta",
+            "exp_avg_sq": "meta",
+        }
+
+
+def to_meta(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    return torch.UntypedStorage(storage.nbytes(), device="meta")
+
+
 def test_map_location_as_a_function_gets_each_tensor_once(saved):
     """It is called with the storage of each distinct tensor, and what it returns is used."""
     path, model = saved
@@ -252,13 +274,14 @@ def test_what_cannot_stay_the_same_object_is_refused_beforehand(saved):
 
 
 @pytest.mark.parametrize("fault", ("missing", "damaged", "location"))
-def test_nothing_changes_on_failure(saved, fault):
-    """A model stays whole on meta, and its optimizer without state, whatever goes wrong."""
+def test_nothing_changes_on_failure(saved, fault, monkeypatch):
+    """A model stays on meta, whatever goes wrong; and for files that are not there, no memory is taken."""
     path, _ = saved
     (shard,) = path.glob("*.safetensors")
     where = None
     if fault == "missing":
         shard.unlink()
+        monkeypatch.setattr(shardckpt.state.match, "like", lambda *_: pytest.fail("allocated"))
     elif fault == "damaged":
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -373,6 +373,7 @@ items = st.one_of(
 indices = items | st.lists(items, max_size=5).map(tuple)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), max_size=4).map(tuple), indices)
 def test_an_index_means_what_it_means_to_torch(shape, index):
     """Shape, elements and refusal of every index are those of a tensor; the box is no larger than it must be."""

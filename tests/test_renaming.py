@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shardckpt.errors import TensorNotFoundError, UsageError
@@ -76,6 +76,7 @@ def exchange(name: str) -> str:
     return ".".join(KEYS[-1 - KEYS.index(part)] if part in KEYS else part for part in name.split("."))
 
 
+@settings(max_examples=60, deadline=None)
 @given(skeletons())
 def test_a_function_and_its_inverse_lead_back(skeleton):
     """Every place gets the name the function says, keeps its reference, and loses nothing on the way back."""
@@ -85,6 +86,7 @@ def test_a_function_and_its_inverse_lead_back(skeleton):
     assert rename(renamed, exchange, None, strict=True) == skeleton
 
 
+@settings(max_examples=60, deadline=None)
 @given(skeletons(), st.data())
 def test_a_dict_and_its_inverse_lead_back(skeleton, data):
     """A place that moves takes along all that lies below it, and comes back to where it was."""
@@ -118,6 +120,7 @@ def _reaches(skeleton: Json, target: str) -> bool:
     return True
 
 
+@settings(max_examples=60, deadline=None)
 @given(skeletons())
 def test_the_same_names_change_nothing(skeleton):
     """A key map that keeps every name keeps the skeleton, versions of modules included."""
@@ -125,6 +128,7 @@ def test_the_same_names_change_nothing(skeleton):
     assert rename(skeleton, {}, list(modules(skeleton)), strict=True) == skeleton
 
 
+@settings(max_examples=60, deadline=None)
 @given(skeletons(), st.data())
 def test_a_subtree_has_what_lies_below_its_name(skeleton, data):
     """Under every prefix of every name there is what that prefix says, once."""
@@ -157,6 +161,15 @@ def test_nothing_that_was_given_is_changed():
     assert renamed["m"] == module({"b.w": {"$tensor": "2"}, "y": 1})
     assert renamed["o"]["$optimizer"]["param_groups"][0]["params"] == ["n.c.w"]
     assert list(renamed["o"]["$optimizer"]["state"]) == ["n.c.w"]
+
+
+def test_a_container_moves_before_what_moves_out_of_it():
+    """So it is still the list, or the kind of dict, that it was."""
+    skeleton = {"a": [{"x": {"$tensor": "1"}, "k": 5}], "o": {"$ordered": [["x", 1], ["k", 2]]}}
+    key_map = {"a": "m.n", "a.0.x": "m.n.0.y.z", "o": "m.p", "o.x": "m.p.y.z"}
+    assert rename(skeleton, key_map, None, strict=True) == {
+        "m": {"n": [{"k": 5, "y": {"z": {"$tensor": "1"}}}], "p": {"$ordered": [["k", 2], ["y", {"z": 1}]]}}
+    }
 
 
 def test_two_parameters_of_an_optimizer_on_one_name():
