@@ -95,6 +95,11 @@ def local_tensor(fqn: str, tensor: Tensor, *, split: bool) -> LocalTensor:
     return LocalTensor(fqn, shape, dtype, tuple(boxes), tuple(views), split, location)
 
 
+def is_meta(tensor: Tensor) -> bool:
+    """Whether a tensor is on the meta device, and could be given data; a ShardedTensor cannot."""
+    return not _is_sharded_tensor(tensor) and tensor.is_meta
+
+
 def check_data(fqn: str, tensor: Tensor, views: Sequence[Tensor]) -> None:
     """Raise UnserialisableError for a tensor without data; ``views`` are those of its `LocalTensor`."""
     if tensor.device.type == "meta" or any(view.device.type == "meta" for view in views):

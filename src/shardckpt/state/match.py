@@ -17,7 +17,9 @@ from shardckpt.state.differences import Differences
 from shardckpt.state.fresh import Fresh, Maker, Thunk
 from shardckpt.state.leaves import (
     LocalTensor,
+    check_data,
     is_distributed,
+    is_meta,
     is_raw_tensor,
     is_uninitialised,
     local_tensor,
@@ -108,25 +110,28 @@ class Match(Maker):
                 values.tag_of(node) or "", "a plain value"
             )
             self.differences.mismatched.append(f"{path}: a tensor here, but {found} in the checkpoint")
-        elif live.is_meta:
+        elif is_meta(live):
             return self._materialise(live, live if owner is None else owner, name, path)
         elif self.fits(live, name, path):
             self.fill(live, name, path)
         return lambda: live
 
     def _materialise(self, live: Tensor, owner: Tensor, name: str, path: str) -> Thunk:
-        """Have a meta tensor read anew, and ``owner`` become that."""
-        if self.can_materialise(owner, path) and self.fits(live, name, path):
+        """Have a meta tensor read anew, and ``owner`` become that. Of several stored tensors the first counts."""
+        fqn = self.manifest.aliases.get(name, name)
+        other = self.materialised[id(owner)][1].fqn if id(owner) in self.materialised else None
+        if self.can_materialise(owner, path) and self.fits(live, name, path) and self._is_one(other, fqn, path):
             entry = self.entry(name)
             fresh = Fresh(
-                self.manifest.aliases.get(name, name),
+                fqn,
                 entry,
                 lambda: like(live, live.dtype),
                 lambda tensor: tensor if is_distributed(live) else self.relocate(tensor, entry.location),
             )
             self.restored.append(name)
             self.meshes.add(name, live)
-            self.materialised[id(owner)] = owner, fresh  # the last name of a tied one counts
+            if other is None:
+                self.materialised[id(owner)] = owner, fresh
         return lambda: self._installed(owner)
 
     def can_materialise(self, live: Tensor, path: str) -> bool:
@@ -173,11 +178,9 @@ class Match(Maker):
         That they are tied here and were not when they were saved is a difference, as only one of them can be kept.
         """
         target = local_tensor(self.manifest.aliases.get(name, name), live, split=False)
+        check_data(name, live, target.views)
         other = self.filled_from(live)
-        if other not in (None, target.fqn):
-            self.differences.mismatched.append(
-                f"{path}: one memory with {other!r} here, another tensor in the checkpoint; only {other!r} is kept"
-            )
+        if not self._is_one(other, target.fqn, path):
             return
         self.restored.append(name)
         self.meshes.add(name, live)
@@ -186,6 +189,15 @@ class Match(Maker):
             self.targets.append(target)
             if key is not None:
                 self._filled[key] = target.fqn
+
+    def _is_one(self, other: str | None, fqn: str, path: str) -> bool:
+        """Whether memory that is to be filled from ``other``, if that is known, can be from ``fqn``."""
+        if other in (None, fqn):
+            return True
+        self.differences.mismatched.append(
+            f"{path}: one memory with {other!r} here, another tensor in the checkpoint; only {other!r} is kept"
+        )
+        return False
 
     def filled_from(self, live: Tensor) -> str | None:
         """The stored tensor that the memory of ``live`` is to be filled from; None where none is known of yet."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardckpt.state import names
+from shardckpt.state.leaves import is_meta
 from shardckpt.state.skeleton import MAX_DEPTH
 
 
@@ -38,7 +39,7 @@ def like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def host_of(tensor: Tensor) -> torch.device | str:
     """The device where what belongs to ``tensor`` is read to."""
-    if not tensor.is_meta:
+    if not is_meta(tensor):
         return tensor.device
     return tensor.device_mesh.device_type if isinstance(tensor, DTensor) else "cpu"
 
@@ -57,13 +58,13 @@ def meta_tensors(state: Any, path: str = "", depth: int = 0) -> Iterator[tuple[s
     if depth > MAX_DEPTH:
         return
     if isinstance(state, Tensor):
-        if state.is_meta:
+        if is_meta(state):
             yield path, state
     elif names.is_module(state):
         module = names.module_of(state)
         tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         cleaned = names.clean_names(module, [raw for raw, _ in tensors])
-        yield from ((names.child_path(path, cleaned[raw]), tensor) for raw, tensor in tensors if tensor.is_meta)
+        yield from ((names.child_path(path, cleaned[raw]), tensor) for raw, tensor in tensors if is_meta(tensor))
     elif isinstance(state, (dict, list, tuple)):
         for key, value in state.items() if isinstance(state, dict) else enumerate(state):
             yield from meta_tensors(value, names.child_path(path, key), depth + 1)

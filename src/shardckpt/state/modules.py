@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from shardckpt.state import names, values
-from shardckpt.state.leaves import is_distributed, is_raw_tensor, is_uninitialised, storage_key
+from shardckpt.state.leaves import is_distributed, is_meta, is_raw_tensor, is_uninitialised, storage_key
 from shardckpt.state.rehearsal import rehearse
 from shardckpt.state.skeleton import tensor_name
 
@@ -47,12 +47,12 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
             missing.append(clean)
             continue
         raw_live = isinstance(value, Tensor) and is_raw_tensor(value) and not is_uninitialised(value)
-        if raw_live and (storage_key(value) in owned or (value.is_meta and raw in on_meta)):
+        if raw_live and (storage_key(value) in owned or (raw in on_meta and is_meta(value))):
             thunks[raw] = match.tensor(value, saved[clean], child, on_meta.get(raw))
             continue
         in_place = False
         name = tensor_name(saved[clean])
-        if raw_live and name is not None and is_distributed(value) and not value.is_meta:
+        if raw_live and name is not None and is_distributed(value) and not is_meta(value):
             # A hook made it; loading code will want one that is sharded alike.
             thunks[raw] = match.tensor(value, saved[clean], child)
         elif not raw_live or name is None or match.fits(value, name, child):
@@ -107,7 +107,7 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
 def _on_meta(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters and buffers that have a shape and no data, by each of their names."""
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {raw: tensor for raw, tensor in tensors if tensor.is_meta and not is_uninitialised(tensor)}
+    return {raw: tensor for raw, tensor in tensors if is_meta(tensor) and not is_uninitialised(tensor)}
 
 
 def _state_dict(items: Iterable[tuple[str, Any]], metadata: dict[str, Any]) -> dict[str, Any]:

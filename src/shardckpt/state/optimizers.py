@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from shardckpt.manifest import TensorEntry
 from shardckpt.state import names, values
 from shardckpt.state.beside import as_part, like_parameter
+from shardckpt.state.leaves import is_meta
 from shardckpt.state.materialise import host_of, like
 from shardckpt.state.skeleton import optimizer_node, tensor_name
 
@@ -193,7 +194,7 @@ def _match_state(
         value = live.get(key)
         name = item.get("$tensor") if isinstance(item, dict) else None
         # State that has no data yet is made anew, where its parameter will be.
-        part = as_part(value, beside.parameter) if isinstance(value, Tensor) and not value.is_meta else None
+        part = as_part(value, beside.parameter) if isinstance(value, Tensor) and not is_meta(value) else None
         if (
             part is not None
             and name is not None
@@ -235,7 +236,7 @@ class Beside:
         return not self.is_step and tuple(entry.shape) == tuple(self.parameter.shape)
 
     def key(self, entry: TensorEntry) -> Hashable:
-        place: Hashable = id(self.parameter) if self.parameter.is_meta else None
+        place: Hashable = id(self.parameter) if is_meta(self.parameter) else None
         if isinstance(self.parameter, DTensor):
             place = id(self.parameter) if self._is_shaped(entry) else self.parameter.device_mesh
         return self.parameter.device, self.is_step, self.twin, place
@@ -247,7 +248,7 @@ class Beside:
         return like_parameter(torch.empty(tuple(entry.shape), dtype=dtype, device=device), self.parameter)
 
     def finish(self, entry: TensorEntry, tensor: Tensor) -> Tensor:
-        if not self.parameter.is_meta or isinstance(self.parameter, DTensor) or self._stays_on_cpu(entry):
+        if not is_meta(self.parameter) or isinstance(self.parameter, DTensor) or self._stays_on_cpu(entry):
             return tensor
         if id(self.parameter) not in self.match.materialised:
             return self.match.relocate(tensor, entry.location)
