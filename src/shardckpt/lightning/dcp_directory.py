@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from shardckpt.errors import CorruptCheckpointError, LoadFailedError, UnsafeLoadError
-from shardckpt.loading import relocation
+from shardckpt.relocation import relocation
 
 META: Final = "meta.pt"
 METADATA: Final = ".metadata"
