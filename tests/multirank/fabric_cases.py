@@ -77,9 +77,10 @@ def net(seed: int = 0) -> nn.Module:
 def trained(made: Any, *, steps: int = 2, seed: int = 0) -> tuple[Any, Any]:
     """A module and an optimizer with two param groups, set up by Fabric and trained."""
     model = made.setup_module(net(seed))
+    named = list(model.named_parameters())
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "lr": 0.5},
+        {"params": [p for name, p in named if name.endswith("weight")], "weight_decay": 0.1},
+        {"params": [p for name, p in named if name.endswith("bias")], "lr": 0.5},
     ]
     optimizer = made.setup_optimizers(torch.optim.AdamW(groups, lr=0.01))
     torch.manual_seed(3)
