@@ -12,7 +12,7 @@ import ranks
 import shardckpt
 from multirank import fabric_cases
 from multirank.fabric_cases import digests, fabric, name_of, net, trained
-from shardckpt.errors import SaveFailedError, StateMismatchError
+from shardckpt.errors import SaveFailedError, StateMismatchError, UsageError
 from shardckpt.lightning import ShardedCheckpointIO, binding, sharded
 
 pytest.importorskip("lightning")
@@ -243,7 +243,7 @@ def test_however_the_strategy_got_the_plugin(package: str, tmp_path: Path) -> No
 
 
 def test_a_strategy_without_the_plugin_stays_as_it_is() -> None:
-    """Another plugin is set, or refused, as ever, on a strategy that was never ours and on one that was."""
+    """Another plugin is set, or refused, as ever; and FSDP1, which cannot be bound, says so instead of half working."""
     import lightning.fabric as package
 
     torch_io = package.plugins.TorchCheckpointIO()
@@ -254,3 +254,5 @@ def test_a_strategy_without_the_plugin_stays_as_it_is() -> None:
     strategy.checkpoint_io = torch_io
     assert type(strategy) is package.strategies.SingleDeviceStrategy
     assert strategy.checkpoint_io is torch_io
+    with pytest.raises(UsageError, match=r"FSDP1.*ModelParallelStrategy"):
+        package.strategies.FSDPStrategy().checkpoint_io = ShardedCheckpointIO()

@@ -15,11 +15,13 @@ from typing import Any, Final
 
 from torch import nn
 
+from shardckpt.errors import UsageError
 from shardckpt.lightning import agreement, fabric_state, flavours
 
 log = logging.getLogger(__name__)
 
-_REFUSING: Final = ("FSDPStrategy", "ModelParallelStrategy")
+_FLAT: Final = "FSDPStrategy"
+_REFUSING: Final = (_FLAT, "ModelParallelStrategy")
 """Strategies that refuse plugins, since they write DCP directories themselves."""
 
 
@@ -54,12 +56,18 @@ class FabricBinding:
 def bind(strategy: Any, plugin: Any) -> bool:
     """Bind ``strategy``, in place, to ``plugin``, if that is ours; tells whether it is bound to it now.
 
-    Raises UsageError for DeepSpeed's strategy.
+    Raises UsageError for the strategies of DeepSpeed and of FSDP1.
     """
     if not _is_ours(plugin):
         return False
     flavours.refuse_deepspeed(type(strategy))
     if not is_bound(type(strategy)):
+        if any(base.__name__ == _FLAT for base in type(strategy).__mro__):
+            raise UsageError(
+                f"{type(strategy).__name__} keeps its parameters flat (FSDP1), and under Fabric ShardedCheckpointIO"
+                " cannot save or load such ones. Use ModelParallelStrategy with fully_shard (FSDP2), or leave the"
+                " plugin out."
+            )
         if not can_bind(type(strategy)):
             log.warning(
                 "%s has its own save_checkpoint or load_checkpoint, so ShardedCheckpointIO cannot have every process"
@@ -84,7 +92,7 @@ def can_bind(strategy_class: Any) -> bool:
         if flavour.is_fabric_loaded():
             base = next((base for base in _bases(flavour) if issubclass(strategy_class, base)), None)
             if base is not None:
-                return base.__name__ != "FSDPStrategy" and all(
+                return base.__name__ != _FLAT and all(
                     getattr(strategy_class, n) is getattr(base, n) for n in ("save_checkpoint", "load_checkpoint")
                 )
     return False
