@@ -14,6 +14,7 @@ EXPORTED = [
     "Checkpointer",
     "LoadReport",
     "PendingSave",
+    "PerRank",
     "SaveReport",
     "ShardedCheckpointIO",
     "async_save",

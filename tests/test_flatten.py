@@ -11,7 +11,8 @@ from shardckpt.state import Flattened, ModuleState, OptimizerState, flatten, mer
 
 
 def flat(state: Any, *, replicated: bool | Sequence[str] = False, **options: Any) -> Flattened:
-    return flatten(state, replicated=replicated, include=options.get("include"), exclude=options.get("exclude"))
+    include, exclude = options.get("include"), options.get("exclude")
+    return flatten(state, replicated=replicated, include=include, exclude=exclude, rank=options.get("rank", 0))
 
 
 def stepped() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -108,6 +109,7 @@ def test_parameter_names_of_shared_and_nested_modules():
         ({"$dict": [[1, "y"]]}, {"k": 2}, {"$dict": [[1, "y"], ["k", 2]]}),
         ([{"$tensor": "a"}], [{"$tensor": "a"}, {"$tensor": "b"}], [{"$tensor": "a"}, {"$tensor": "b"}]),
         ([1], [1, 2], [1]),
+        ([1], [1, {"$per_rank": "1"}], [1, {"$per_rank": "1"}]),
         ({"$tuple": [{"a": 1}]}, {"$tuple": [{"b": 2}]}, {"$tuple": [{"a": 1, "b": 2}]}),
         ({"$set": [1]}, {"$set": [2]}, {"$set": [1]}),
         ({"$int": "1"}, {"$float": "nan"}, {"$int": "1"}),

@@ -42,6 +42,8 @@ def expected(name: str) -> dict[str, Any]:
     """What loading a golden checkpoint without a template gives."""
     if name == "sharded":
         return make.sharded_values()
+    if name == "per_rank":
+        return make.by_rank_values()
     state = STATES[name][0]()
     if name == "plain":
         model, optimizer = state["model"], state["optimizer"]
@@ -174,7 +176,7 @@ class Reader:
             named |= {file["name"], file["manifest"]}
             self._check_rank(rank, file)
         for entry in document.get("objects", {}).values():
-            assert entry["file"] == f"objects-{save_id}.pkl"
+            assert entry["file"] in (f"objects-{save_id}.pkl", f"objects-{save_id}-rank-00001.pkl")
             data = (self.path / entry["file"]).read_bytes()[entry["offset"] : entry["offset"] + entry["nbytes"]]
             assert xxhash.xxh3_64_hexdigest(data) == entry["digest"]
         assert named == {p.name for p in self.path.iterdir()}
@@ -256,6 +258,10 @@ class Reader:
             return []
         if list(node) in (["$tensor"], ["$ndarray"]):
             return [next(iter(node.values()))]
+        if list(node) == ["$per_rank"]:
+            nodes = self.document["per_rank"][node["$per_rank"]]
+            ranks = [str(rank) for rank in range(self.document["world_size"])]
+            return [name for rank in ranks for name in self.tensors_of(nodes.get(rank))]
         return [name for item in node.values() for name in self.tensors_of(item)]
 
 
@@ -317,6 +323,7 @@ def test_format_md_names_every_field_and_tag():
 
     text = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
     structs = (mf.Manifest, mf.FileEntry, mf.TensorEntry, mf.ObjectEntry, mf.RankManifest, mf.ShardEntry)
+    structs += (mf.RankValues, mf.TensorHead)
     fields = {field.name for struct in structs for field in msgspec.structs.fields(struct)}
     tags = {tag for tag in (*values._DECODERS, *schema._CHILDREN) if tag}
     missing = sorted(word for word in fields | tags if f"`{word}`" not in text and f'"{word}"' not in text)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import shardckpt
 from shardckpt import manifest as mf
 from shardckpt.errors import CorruptCheckpointError, UnsupportedFormatError
-from shardckpt.manifest import FileEntry, Manifest, ObjectEntry, RankManifest, ShardEntry, TensorEntry
+from shardckpt.manifest import FileEntry, Manifest, ObjectEntry, RankManifest, RankValues, ShardEntry, TensorEntry
 from shardckpt.state.schema import MAX_DEPTH, check_skeleton
 
 SAVE_ID = "0123456789abcde"
@@ -155,6 +155,20 @@ def test_newer_version_says_upgrade():
             mf.decode_manifest(data, WHERE)
 
 
+def test_unknown_features_are_refused_by_name():
+    """What a later writer adds and an older reader would misread, it does not read at all."""
+    assert mf.decode_manifest(changed("requires", ["per_rank"]), WHERE).requires == ["per_rank"]
+    with pytest.raises(UnsupportedFormatError, match=r"requires \['telepathy'\], .*Upgrade shardckpt"):
+        mf.decode_manifest(changed("requires", ["per_rank", "telepathy"]), WHERE)
+
+
+def test_a_world_of_ranks_without_files_is_refused():
+    """Values by rank are listed by rank: a claim of a million million ranks must not become as many values."""
+    document = as_json(manifest()) | {"per_rank": {"p": {"0": 1}}, "world_size": 10**12}
+    with pytest.raises(CorruptCheckpointError, match="but there are 1 `files`"):
+        mf.decode_manifest(json.dumps(document).encode(), WHERE)
+
+
 def test_no_truncation_passes():
     """However much of the end is missing, plain or compressed, it is damage and nothing else."""
     for whole in (mf.encode(manifest()), zstandard.ZstdCompressor().compress(mf.encode(manifest()))):
@@ -221,6 +235,11 @@ HOSTILE = [
     ("objects.o.offset", -1, "object 'o'"),
     ("objects.o.nbytes", -1, "object 'o'"),
     ("objects.o.digest", "short", "object 'o'"),
+    ("per_rank", {"p": {"1": 0}}, r"`per_rank` of 'p' has ranks \[1\] of 1"),
+    ("per_rank", {"p": {"-1": 0}}, "`per_rank` of 'p'"),
+    ("per_rank", {"p": {"one": 0}}, "per_rank"),
+    ("per_rank", {"p": {"00": 0}}, "per_rank"),
+    ("per_rank", {"p": [0]}, "per_rank"),
     ("state", del_, "state"),
     ("tensors", del_, "tensors"),
 ]
@@ -252,6 +271,7 @@ RANK_HOSTILE = [
     ({"codec": "zstd", "frames": [50, -2]}, "add up"),
     ({"codec": "zstd", "frames": [40]}, "add up"),
     ({"objects": {"o": ObjectEntry("../o.pkl", 0, 1, DIGEST)}}, "object 'o'"),
+    ({"per_rank": RankValues({}, objects={"o": ObjectEntry("../o.pkl", 0, 1, DIGEST)})}, "object 'o'"),
 ]
 
 
@@ -314,7 +334,7 @@ any_json = st.recursive(
 )
 FIELDS = [
     "save_id", "files", "files.0", "files.0.size", "tensors", "tensors.w", "tensors.w.shape", "tensors.w.file",
-    "tensors.w.starts", "tensors.w.lengths", "tensors.w.nbytes", "aliases", "objects", "objects.o",
+    "tensors.w.starts", "tensors.w.lengths", "tensors.w.nbytes", "aliases", "objects", "objects.o", "per_rank",
 ]  # fmt: skip
 
 
@@ -330,7 +350,7 @@ def test_any_value_anywhere_is_read_or_refused(field, value):
 
 TAGS = ["tensor", "ndarray", "object", "tuple", "set", "frozenset", "dict", "ordered", "counter", "defaultdict", "int",
         "float", "complex", "bytes", "str", "size", "dtype", "device", "path", "numpy", "datetime", "date", "time",
-        "timedelta", "module", "optimizer", "sparse", "unknown"]  # fmt: skip
+        "timedelta", "per_rank", "module", "optimizer", "sparse", "unknown"]  # fmt: skip
 BODIES = ["entries", "versions", "state", "param_groups", "params", "options", "loose", "rest", "layout", "parts"]
 skeletons = st.recursive(
     any_json,
@@ -354,13 +374,13 @@ def test_a_skeleton_that_is_accepted_can_be_restored(skeleton):
     from shardckpt.relocation import relocation
     from shardckpt.state.match import Match
 
-    found = manifest(state={"s": skeleton})
+    found = manifest(state={"s": skeleton, "p": {"$per_rank": "p"}}, per_rank={"p": {0: skeleton}})
     try:
         check_skeleton(found, WHERE)
     except CorruptCheckpointError as error:
         assert WHERE in str(error)
         return
-    match = Match(found, parameters={}, convert_dtype=False, strict=True, relocate=relocation(None))
+    match = Match(found, parameters={}, convert_dtype=False, strict=True, relocate=relocation(None), here=None)
     value = match.new(found.state, "")
     match.objects = dict.fromkeys(match.objects, "object")
     for fresh in match.fresh:

@@ -65,7 +65,7 @@ STATES = st.recursive(
 
 def through_json(state: Any) -> Any:
     """The state, flattened, encoded as a manifest is, decoded, and made anew."""
-    flat = flatten(state, replicated=False, include=None, exclude=None)
+    flat = flatten(state, replicated=False, include=None, exclude=None, rank=0)
     assert not flat.tensors
     assert not flat.objects
     manifest = mf.Manifest(
@@ -77,7 +77,9 @@ def through_json(state: Any) -> Any:
 
 def new(node: Any) -> Any:
     manifest = mf.Manifest(save_id="0" * 12, created="", world_size=1, writer={}, files=[], state=node, tensors={})
-    match = Match(manifest, parameters={}, convert_dtype=False, strict=True, relocate=lambda tensor, _: tensor)
+    match = Match(
+        manifest, parameters={}, convert_dtype=False, strict=True, relocate=lambda tensor, _: tensor, here=None
+    )
     return match.new(node, "")()
 
 
@@ -157,7 +159,7 @@ class Name(str):
 )
 def test_what_is_not_quite_plain_is_pickled_not_flattened(value):
     """A subclass, a named zone, a fold: JSON would bring back something else, so it is an object."""
-    flat = flatten({"value": value}, replicated=False, include=None, exclude=None)
+    flat = flatten({"value": value}, replicated=False, include=None, exclude=None, rank=0)
     assert flat.skeleton == {"value": {"$object": "value"}}
 
 

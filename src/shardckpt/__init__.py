@@ -36,6 +36,7 @@ from shardckpt.errors import (
     UsageError,
 )
 from shardckpt.reports import LoadReport, SaveReport
+from shardckpt.state import PerRank
 
 if TYPE_CHECKING:
     from shardckpt.lightning import ShardedCheckpointIO
@@ -52,6 +53,7 @@ __all__ = [
     "ObjectExistsError",
     "ObjectNotFoundError",
     "PendingSave",
+    "PerRank",
     "RankTimeoutError",
     "RemoteError",
     "SaveFailedError",

@@ -34,8 +34,8 @@ def save(
     """Save ``state`` to ``path``; every rank calls, and it returns once the checkpoint is committed.
 
     ``state`` is a nested dict of tensors, modules, optimizers, objects with ``state_dict``/``load_state_dict`` and
-    plain values, or one of these by itself. For the options see `Checkpointer`, for the errors
-    `Checkpointer.async_save`.
+    plain values, or one of these by itself; `PerRank` marks what differs by rank. For the options see `Checkpointer`,
+    for the errors `Checkpointer.async_save`.
     """
     return _engine().save(
         state,

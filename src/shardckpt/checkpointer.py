@@ -85,6 +85,7 @@ class Checkpointer:
         self._jobs: list[Job] = []
         self._to_remove: list[str] = []
         self._version: Hashable | None = None
+        self._own_structure = ""
         self._structure: Structure | None = None
 
     # -- saving -----------------------------------------------------------------------------------------------------
@@ -145,9 +146,16 @@ class Checkpointer:
             may_alias = state_version is not None and state_version == self._version and self._can_share(storage.url)
             if not may_alias:
                 self._drain()
-            flat = _flatten(state, chosen)
+            flat = _flatten(state, chosen, operation.rank)
+            own = flat.own.structure if flat.own is not None else ""
+            if may_alias and own != self._own_structure:
+                may_alias = False
+                self._drain()
             known = self._structure.key if self._structure is not None else ""
-            opening.word = msgspec.msgpack.encode(Opening(flat.structure, flat.outline, known, may_alias))
+            own_nbytes = sum(source.nbytes for source in saving.own_sources(flat))
+            opening.word = msgspec.msgpack.encode(
+                Opening(flat.structure, flat.outline, known, may_alias, flat.places, own_nbytes)
+            )
         openings = [msgspec.msgpack.decode(word, type=Opening) for word in opening.heard]
         source = self._last if saving.may_share(openings, self._structure) else None
         key = saving.structure_key(openings)
@@ -167,7 +175,8 @@ class Checkpointer:
             if operation.rank == 0:
                 save_id = commit.new_save_id()
                 # What compression makes of it is known when it is done.
-                needed = structure.nbytes if source is None and chosen.codec is None else 0
+                nbytes = structure.nbytes + sum(opening.own_nbytes for opening in openings)
+                needed = nbytes if source is None and chosen.codec is None else 0
                 previous = commit.open_place(storage, save_id, needed, shares=source.shards_of if source else None)
                 placing.word = save_id.encode()
                 placing.undo = lambda: commit.abandon(storage, save_id, [0])
@@ -180,6 +189,7 @@ class Checkpointer:
             speaks=saving.speaks(openings, operation.rank),
             skeleton=flat.skeleton,
             objects=flat.objects,
+            own=saving.describe(flat, operation.world_size),
             previous=previous,
             commit_timeout=self._commit_timeout,
             called=called,
@@ -191,7 +201,7 @@ class Checkpointer:
             self._last = AliasJob(order, source)
             pending.mark_staged()
             self._submit(self._last)
-        self._version = state_version
+        self._version, self._own_structure = state_version, own
         pending.mark_returned(time.monotonic() - called)
         return pending
 
@@ -266,6 +276,8 @@ class Checkpointer:
         ``prefix`` takes a sub-tree of the saved state for the whole: dotted text, or a tuple of keys. ``key_map``
         gives names of the checkpoint (below ``prefix``) other ones: a dict of names, of which each stands for all that
         lies below it and the longest counts, or a function from name to name.
+
+        A `PerRank` gets its rank's value, or on another number of ranks what its ``resize`` makes of all ranks' values.
 
         Raises CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError naming every difference before
         anything has been changed, TensorNotFoundError and UsageError for a prefix or a key map that does not fit,
@@ -350,8 +362,8 @@ class Checkpointer:
     def prepare(self, state: Any) -> None:
         """Allocate and touch, in the background, the memory that saving ``state`` will need."""
         self._background.check_fork()
-        flat = _flatten(state, self._save_options)
-        nbytes = saving.bytes_to_stage(flat, 1 if self._alone else coordinator.rank_and_world_size()[1])
+        rank, world_size = (0, 1) if self._alone else coordinator.rank_and_world_size()
+        nbytes = saving.bytes_to_stage(_flatten(state, self._save_options, rank), world_size)
         wanted = nbytes if self._staging_limit is None else min(nbytes, self._staging_limit)
         threading.Thread(target=self._pool.reserve, args=(wanted,), name="shardckpt-prepare", daemon=True).start()
 
@@ -385,5 +397,5 @@ class Checkpointer:
             raise failures[0]
 
 
-def _flatten(state: Any, chosen: SaveOptions) -> Flattened:
-    return flatten(state, replicated=chosen.replicated, include=chosen.include, exclude=chosen.exclude)
+def _flatten(state: Any, chosen: SaveOptions, rank: int) -> Flattened:
+    return flatten(state, replicated=chosen.replicated, include=chosen.include, exclude=chosen.exclude, rank=rank)

@@ -47,6 +47,7 @@ from shardckpt.state import (
     together,
 )
 from shardckpt.state.names import check_root, iter_modules
+from shardckpt.state.per_rank import Here, resize
 from shardckpt.state.schema import check_skeleton
 from shardckpt.storage import Storage, open_storage
 
@@ -150,7 +151,13 @@ class OpenCheckpoint:
         stats = ReadStats()
         with turn(operation, "match") as matched:
             check_root(state)
-            match = self._match(parameter_names(state), map_location, strict=strict, convert_dtype=convert_dtype)
+            match = self._match(
+                parameter_names(state),
+                map_location,
+                strict=strict,
+                convert_dtype=convert_dtype,
+                here=Here(operation.rank, operation.world_size),
+            )
             on_meta = list(meta_tensors(state))
             place = match.match(state, self._part(prefix, key_map, state, strict=strict), "")
             matched.word = msgspec.msgpack.encode(Matched(match.differences, match.meshes.digests()))
@@ -163,6 +170,10 @@ class OpenCheckpoint:
             verdict.check(f"{self.path} at {where!r}" if where else self.path, strict=strict)
             self._load_objects(match, map_location, weights_only)
             check_files(self.manifest, self.storage, [Wanted(t.fqn, box) for t in match.live() for box in t.boxes])
+        per_rank: dict[str, list[Any]] = {}
+        if self.manifest.per_rank and operation.world_size != self.manifest.world_size:
+            with turn(operation, "resize", self._patience):
+                per_rank = self._resize(match, map_location, weights_only, stats)
         with turn(operation, "restore", self._patience):
             filled = False
             try:
@@ -194,6 +205,7 @@ class OpenCheckpoint:
             bytes_read=stats.bytes_read,
             seconds=time.monotonic() - started,
             bytes_received=stats.bytes_received,
+            per_rank=per_rank,
         )
 
     def read_tensor(self, name: str, index: Index = ..., *, map_location: MapLocation = None) -> Tensor:
@@ -225,8 +237,38 @@ class OpenCheckpoint:
         modules = None if state is None else [path for path, _ in iter_modules(state)]
         return rename(node, key_map, modules, strict=strict)
 
+    def _resize(
+        self, match: Match, map_location: MapLocation, weights_only: bool | None, stats: ReadStats
+    ) -> dict[str, list[Any]]:
+        """Read all ranks' values, and have the state say what to make of them on this number of ranks.
+
+        Returns those that it says nothing about, by place, and logs once where they are.
+        """
+        everyone = self._match({}, map_location, strict=True, convert_dtype=False)
+        made = {offer.place: everyone.per_rank(offer.place, offer.place) for offer in match.offers}
+        self._load_objects(everyone, map_location, weights_only)
+        stats.count(self._fill_new(everyone).bytes_read)
+        assert match.here is not None, "it was made for a restore"
+        unsaid = resize(match.offers, {place: value() for place, value in made.items()}, match.here, self.path)
+        if unsaid and match.here.rank == 0:
+            log.warning(
+                "%s was saved by %d ranks and is loaded by %d, so the values by rank at %s are left as they are here."
+                " LoadReport.per_rank has those of all ranks that saved; PerRank(value, resize=...) can make new ones.",
+                self.path,
+                self.manifest.world_size,
+                match.here.world_size,
+                ", ".join(map(repr, unsaid)),
+            )
+        return unsaid
+
     def _match(
-        self, parameters: Mapping[int, str], map_location: MapLocation, *, strict: bool, convert_dtype: bool
+        self,
+        parameters: Mapping[int, str],
+        map_location: MapLocation,
+        *,
+        strict: bool,
+        convert_dtype: bool,
+        here: Here | None = None,
     ) -> Match:
         return Match(
             self.manifest,
@@ -234,13 +276,16 @@ class OpenCheckpoint:
             convert_dtype=convert_dtype,
             strict=strict,
             relocate=relocation(map_location),
+            here=here,
         )
 
-    def _fill_new(self, match: Match) -> None:
+    def _fill_new(self, match: Match) -> ReadStats:
         """Fill a match of new tensors only, which are whole: what isn't there needs no memory."""
         wanted = [Wanted(fresh.fqn, full_box(fresh.entry.shape)) for fresh in match.fresh]
         check_files(self.manifest, self.storage, wanted)
-        self._fill(match, convert_dtype=False, stats=ReadStats())
+        stats = ReadStats()
+        self._fill(match, convert_dtype=False, stats=stats)
+        return stats
 
     def _fill(self, match: Match, *, convert_dtype: bool, stats: ReadStats, operation: Operation | None = None) -> None:
         """Read the tensors of a match; with ``operation``, all its ranks do, and may read for each other."""

@@ -1,6 +1,7 @@
 """What a save or a load tells its caller."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class LoadReport:
     seconds: float
     bytes_received: int = 0
     """By this rank, from others that read them for it; see ``share_reads`` of `shardckpt.Checkpointer`."""
+    per_rank: dict[str, list[Any]] = field(default_factory=dict, repr=False)
+    """By place: all ranks' values, by rank, where another number of ranks saved them and no `PerRank.resize` said what
+    to make of them, so that the live value is as it was. None for a rank that had none."""
 
     def __repr__(self) -> str:
         differences = "".join(
@@ -62,6 +66,7 @@ class LoadReport:
             if getattr(self, name)
         )
         received = f" and {_size(self.bytes_received)} received" if self.bytes_received else ""
+        differences += f", per_rank={[*self.per_rank]}" if self.per_rank else ""
         return (
             f"LoadReport({self.path!r}, {len(self.restored)} tensors, {_size(self.bytes_read)} read{received} in"
             f" {self.seconds:.3f} s{differences})"

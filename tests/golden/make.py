@@ -160,10 +160,40 @@ def sharded_values() -> dict[str, Any]:
     }
 
 
+def by_rank() -> dict[str, Any]:
+    """Two ranks, and what differs between them, in structure even. Runs on every rank."""
+    import torch.distributed as dist
+
+    from shardckpt import PerRank
+
+    rank = dist.get_rank()
+    whole = by_rank_values()
+    own = {key: PerRank(whole[key][rank]) for key in ("rng", "position", "mixed")}
+    return own | {
+        "same": whole["same"],
+        "loader": {"epoch": 4, "at": [PerRank(whole["loader"]["at"][0][rank])]},
+        "only": {"on rank 1": PerRank("here")} if rank == 1 else {},
+    }
+
+
+def by_rank_values() -> dict[str, Any]:
+    """What `by_rank` is once put together: a list of the ranks' values in each place that differs."""
+    tied = torch.arange(3, dtype=torch.int16)
+    return {
+        "rng": [torch.arange(16, dtype=torch.uint8), torch.arange(16, 32, dtype=torch.uint8)],
+        "position": [17, (18, 2**60)],
+        "mixed": [{"a": tied, "b": tied, "empty": torch.empty(0, 2)}, [torch.tensor(1.5), Fraction(1, 3), None]],
+        "same": torch.arange(4.0),
+        "loader": {"epoch": 4, "at": [[100, 200]]},
+        "only": {"on rank 1": [None, "here"]},
+    }
+
+
 STATES: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any], int]] = {
     "plain": (plain, {}, 1),
     "zstd": (compressed, {"compression": ("zstd", 3)}, 1),
     "sharded": (sharded, {}, 2),
+    "per_rank": (by_rank, {}, 2),
 }
 """By name: the state, the options and the number of ranks."""
 

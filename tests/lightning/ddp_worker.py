@@ -19,7 +19,7 @@ import toy
 from ddp_job import report_path
 
 import shardckpt
-from shardckpt import commit
+from shardckpt import PerRank, commit
 from shardckpt.lightning import ShardedCheckpointIO, binding, plugin
 
 RANK = int(os.environ["LOCAL_RANK"])
@@ -118,6 +118,46 @@ def rank_zeros_word() -> Any:
     )
     mean = toy.digest(loaded["state_dict"]["net.1.running_mean"])
     return state["mine"].tolist(), state["rank"], state["extra"], mean, trainer.record.end["model.net.1.running_mean"]
+
+
+def marked_by_rank() -> Any:
+    """What hooks mark with PerRank, of another structure on each rank, is every rank's; hooks that load get a list."""
+    seen: dict[str, Any] = {}
+
+    class Marking(L.callbacks.Callback):  # type: ignore[misc]
+        def state_dict(self) -> dict[str, Any]:
+            own = PerRank({"rng": torch.full((RANK + 2,), float(RANK)), "at": [RANK] * RANK})
+            return {"own": own, "rank": RANK, "deep": [{"x": PerRank(Path(str(RANK)))}]}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            seen["callback"] = state
+
+    class Hooked(Toy):  # type: ignore[misc, valid-type]
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["position"] = PerRank(10 + RANK)
+            checkpoint["some"] = {"of 1": PerRank("here")} if RANK == 1 and not seen else {}
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            seen["module"] = [checkpoint["position"], checkpoint["some"]]
+
+    options = {"filename": "{epoch}", "save_last": True, "save_top_k": -1}
+    trainer = fit(FOLDER / "marked", model=Hooked(), checkpoint=options, callbacks=[Marking()], max_epochs=1)
+    trainer.strategy.barrier()
+    path = FOLDER / "marked" / "last.ckpt"
+    trainer = fit(
+        FOLDER / "again", model=Hooked(), checkpoint=options, callbacks=[Marking()], max_epochs=2, ckpt_path=path
+    )
+    trainer.strategy.barrier()
+    own = [[value["rng"].tolist(), value["at"]] for value in seen["callback"]["own"]]
+    words = [json.loads(file.read_text()) for file in sorted(path.glob("rank-*.json"))]
+    return {
+        "own": own,
+        "rank": seen["callback"]["rank"],
+        "deep": [[str(path) for path in item["x"]] for item in seen["callback"]["deep"]],
+        "module": seen["module"],
+        "links": [shard.stat().st_nlink for shard in toy.shards(FOLDER / "again" / "last.ckpt")],
+        "tensors": ["own" in str(word["entries"].keys()) for word in words],
+    }
 
 
 def fail_on_rank_one(name: str) -> Callable[[], None]:
@@ -286,6 +326,7 @@ CASES: dict[str, Callable[[], Any]] = {
         resume,
         other_names,
         rank_zeros_word,
+        marked_by_rank,
         zero_redundancy,
         failing_rank,
         failing_at_the_end,

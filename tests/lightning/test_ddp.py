@@ -28,6 +28,7 @@ def two(folder: Path, s3_server: S3Server, s3_client: Any) -> ddp_job.Outcomes:
     pytest.importorskip("lightning")
     s3_client.create_bucket(Bucket="lightning-ddp")
     cases = ["even_parts", "uninterrupted", "write", "other_names", "rank_zeros_word", "evaluate", "missing", "on_s3"]
+    cases += ["marked_by_rank"]
     cases += ["zero_redundancy", "failing_rank", "failing_at_the_end", "unbound"]
     cases += ["touched_on_one_rank", "options_of_a_call", "failing_wait", "alone"]
     environment = s3_server.environment | {"TEST_S3_URL": "s3://lightning-ddp/run"}
@@ -102,6 +103,17 @@ def test_what_differs_by_rank_is_rank_zeros(two: ddp_job.Outcomes) -> None:
     for mine, rank, extra, saved_mean, _ in two.of("rank_zeros_word"):
         assert (mine, rank, extra) == ([0.0], 0, [])
         assert saved_mean == two.of("rank_zeros_word")[0][-1]
+
+
+def test_what_hooks_mark_is_every_ranks(two: ddp_job.Outcomes) -> None:
+    """A callback's and a module's values by rank are all in the checkpoint, and the hooks that load see them all."""
+    for answer in two.of("marked_by_rank"):
+        assert answer["own"] == [[[0.0, 0.0], []], [[1.0, 1.0, 1.0], [1]]]
+        assert answer["rank"] == 0
+        assert answer["deep"] == [["0", "1"]]
+        assert answer["module"] == [[10, 11], {"of 1": [None, "here"]}]
+        assert answer["links"] == [2, 2]
+        assert answer["tensors"] == [True, True]
 
 
 def test_an_optimizer_that_shards_itself(two: ddp_job.Outcomes) -> None:

@@ -8,7 +8,6 @@ itself.
 from shardckpt.commit.clearing import abandon, clean, end_lease, remove
 from shardckpt.commit.finding import Found, checkpoint_path, find, is_checkpoint, latest, read
 from shardckpt.commit.publishing import (
-    TensorHead,
     assemble,
     check_unchanged,
     get_rank_manifest,
@@ -17,11 +16,11 @@ from shardckpt.commit.publishing import (
     open_place,
     publish,
     put_rank_manifest,
+    with_values,
 )
 
 __all__ = [
     "Found",
-    "TensorHead",
     "abandon",
     "assemble",
     "check_unchanged",
@@ -39,4 +38,5 @@ __all__ = [
     "put_rank_manifest",
     "read",
     "remove",
+    "with_values",
 ]

@@ -5,10 +5,11 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import Any, Final
 
+import msgspec
 import torch
 
 from shardckpt import filenames
@@ -17,6 +18,7 @@ from shardckpt.codecs import digest, digests_text
 from shardckpt.commit.clearing import take_lease
 from shardckpt.commit.finding import find_bytes
 from shardckpt.errors import (
+    ConflictingStateError,
     CorruptCheckpointError,
     ObjectNotFoundError,
     SaveFailedError,
@@ -25,9 +27,10 @@ from shardckpt.errors import (
     UncertainCommitError,
 )
 from shardckpt.filenames import MANIFEST
-from shardckpt.manifest import FileEntry, Manifest, RankManifest, TensorEntry
+from shardckpt.manifest import FileEntry, Manifest, RankManifest, RankValues, TensorEntry, TensorHead
 from shardckpt.state import merge
 from shardckpt.state.schema import check_skeleton
+from shardckpt.state.skeleton import per_rank_places
 from shardckpt.storage import Storage
 
 _ALPHABET: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -44,14 +47,6 @@ def _base36(number: int, width: int) -> str:
         number, digit = divmod(number, 36)
         text = _ALPHABET[digit] + text
     return text
-
-
-class TensorHead(NamedTuple):
-    """What all shards of a tensor have in common."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    location: str
 
 
 def open_place(storage: Storage, save_id: str, nbytes: int, *, shares: str | None = None) -> bytes | None:
@@ -109,11 +104,11 @@ def assemble(
     aliases: Mapping[str, str],
 ) -> Manifest:
     """The commit record of what the ranks wrote; ``heads`` lists every tensor, also those without elements."""
-    tensors = {
-        # Interned, since msgspec leaves out a default that is the very object, not one that is equal.
-        fqn: TensorEntry(head.dtype, head.shape, [], [], [], [], [], location=sys.intern(head.location))
-        for fqn, head in heads.items()
-    }
+    tensors = {fqn: _without_shards(head) for fqn, head in heads.items()}
+    aliases = dict(aliases)
+    for index, rank in enumerate(ranks):
+        if rank.per_rank is not None:
+            _add_own(index, rank.per_rank, tensors, aliases)
     skeleton = None
     objects = {}
     for index, rank in enumerate(ranks):
@@ -128,17 +123,68 @@ def assemble(
         if rank.state is not None:
             skeleton = rank.state if skeleton is None else merge(skeleton, rank.state)
         objects.update({path: entry for path, entry in rank.objects.items() if path not in objects})
-    return Manifest(
-        save_id=save_id,
-        created=now(),
-        world_size=len(ranks),
-        writer=writer_versions(),
-        files=list(files),
-        state=skeleton,
-        tensors=tensors,
-        aliases=dict(aliases),
-        objects=objects,
+    return with_values(
+        Manifest(
+            save_id=save_id,
+            created=now(),
+            world_size=len(ranks),
+            writer=writer_versions(),
+            files=list(files),
+            state=skeleton,
+            tensors=tensors,
+            aliases=aliases,
+            objects=objects,
+        ),
+        [rank.per_rank for rank in ranks],
     )
+
+
+def with_values(manifest: Manifest, ranks: Sequence[RankValues | None]) -> Manifest:
+    """``manifest`` with what each rank saved at the places that differ by rank.
+
+    Raises ConflictingStateError where a place is none on the rank whose word counts for it.
+    """
+    per_rank: dict[str, dict[int, Any]] = {}
+    objects = dict(manifest.objects)
+    for rank, values in enumerate(ranks):
+        if values is not None:
+            _check_free(rank, values.objects, manifest.objects)
+            objects.update(values.objects)
+            for place, node in values.nodes.items():
+                per_rank.setdefault(place, {})[rank] = node
+    if per_rank:
+        found = set(per_rank_places(manifest.state))
+        for place, nodes in per_rank.items():
+            if place not in found:
+                raise ConflictingStateError(
+                    f"{place!r} is a PerRank on rank {min(nodes)}, but another value on a rank below it. Make it a"
+                    " PerRank on all ranks, or leave it out where there is nothing to save."
+                )
+    requires = [name for name in manifest.requires if name != mf.PER_RANK] + ([mf.PER_RANK] if per_rank else [])
+    return msgspec.structs.replace(manifest, per_rank=per_rank, objects=objects, requires=requires)
+
+
+def _without_shards(head: TensorHead) -> TensorEntry:
+    # Interned, since msgspec leaves out a default that is the very object, not one that is equal.
+    return TensorEntry(head.dtype, head.shape, [], [], [], [], [], location=sys.intern(head.location))
+
+
+def _add_own(rank: int, own: RankValues, tensors: dict[str, TensorEntry], aliases: dict[str, str]) -> None:
+    for added in (own.tensors, own.aliases):
+        _check_free(rank, added, tensors)
+        _check_free(rank, added, aliases)
+    tensors.update({fqn: _without_shards(head) for fqn, head in own.tensors.items()})
+    aliases.update(own.aliases)
+
+
+def _check_free(rank: int, added: Iterable[str], taken: Mapping[str, Any]) -> None:
+    """Raise ConflictingStateError where a value of one rank has a name that another rank gave to something else."""
+    for name in added:
+        if name in taken:
+            raise ConflictingStateError(
+                f"{name!r} is the name of a value by rank of rank {rank}, and of another value on another rank; rename"
+                " that one's key."
+            )
 
 
 def now() -> str:

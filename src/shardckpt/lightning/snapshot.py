@@ -2,7 +2,7 @@
 
 Under DDP every rank has the same dict. Its model and optimizer states are replicated, so they become `ModuleState` and
 `OptimizerState` and each rank writes a part of them. Everything else is rank 0's word alone, as it is in stock
-Lightning: a callback's tensors may well have another shape on another rank.
+Lightning, but for what a hook marked with `PerRank`: a callback's tensors may well have another shape on another rank.
 """
 
 from collections.abc import Hashable, Iterator, Mapping
@@ -13,7 +13,9 @@ import xxhash
 from torch import Tensor, nn
 
 from shardckpt.lightning.lazy import plain
-from shardckpt.state import ModuleState, OptimizerState, Share
+from shardckpt.state import ModuleState, OptimizerState, PerRank, Share
+from shardckpt.state.skeleton import MAX_DEPTH
+from shardckpt.state.values import is_plain_dict
 
 MODEL: Final = "state_dict"
 OPTIMIZERS: Final = "optimizer_states"
@@ -105,7 +107,8 @@ def layout_of(state: Mapping[str, Any]) -> Layout:
 def share_of(state: Mapping[str, Any], layout: Layout, *, with_buffers: bool) -> Share:
     """What a rank other than 0 contributes: the replicated tensors of the live states, where rank 0 has them too.
 
-    Buffers come from rank 0, unless the user declared them equal on all ranks (``with_buffers``).
+    Buffers come from rank 0, unless the user declared them equal on all ranks (``with_buffers``). And whatever is
+    marked with `PerRank`, wherever it is.
     """
     share = Share()
     for key, indices in layout.items():
@@ -114,13 +117,32 @@ def share_of(state: Mapping[str, Any], layout: Layout, *, with_buffers: bool) ->
             kept = {name for name, _ in value.module.named_parameters(remove_duplicate=False)}
             if with_buffers:
                 kept |= {name for name, _ in value.module.named_buffers(remove_duplicate=False)}
+            kept |= {name for name, item in value.state_dict.items() if isinstance(item, PerRank)}
             share[key] = value._replace(state_dict={k: v for k, v in value.state_dict.items() if k in kept})
         elif indices is not None and isinstance(value, list):
             share[key] = [
                 item if index in indices and isinstance(item, OptimizerState) else None
                 for index, item in enumerate(value)
             ]
+    for key, value in state.items():
+        if key not in layout and (own := _own_values(value)) is not None:
+            share[key] = own
     return share
+
+
+def _own_values(value: Any, depth: int = 0) -> Any:
+    """The containers of ``value`` with nothing but each `PerRank` in them; None where there is none."""
+    if isinstance(value, PerRank):
+        return value
+    if depth > MAX_DEPTH:  # rank 0 refuses what goes deeper, and says so
+        return None
+    if is_plain_dict(value):
+        found = {key: own for key, item in value.items() if (own := _own_values(item, depth + 1)) is not None}
+        return found or None
+    if type(value) in (list, tuple):
+        items = [_own_values(item, depth + 1) for item in value]
+        return None if all(item is None for item in items) else items
+    return None
 
 
 def fingerprint(checkpoint: Mapping[str, Any], position: Hashable) -> Hashable | None:
@@ -165,6 +187,8 @@ def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, (*path, key))
+    elif isinstance(value, PerRank):
+        yield from _leaves(value.value, path)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield from _leaves(item, (*path, index))

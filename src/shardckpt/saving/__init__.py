@@ -1,6 +1,7 @@
 """One save, from a flattened state to the commit: what is said between ranks, and what the background does."""
 
 from shardckpt.saving.jobs import AliasJob, Job, Order, SaveJob
+from shardckpt.saving.own import Own, describe, own_sources
 from shardckpt.saving.structure import (
     Opening,
     Structure,
@@ -18,11 +19,14 @@ __all__ = [
     "Job",
     "Opening",
     "Order",
+    "Own",
     "SaveJob",
     "Structure",
     "bytes_to_stage",
+    "describe",
     "exchange",
     "may_share",
+    "own_sources",
     "plan",
     "sources",
     "speaks",

@@ -8,14 +8,14 @@ from typing import Any
 
 import msgspec
 
-from shardckpt import commit, filenames
+from shardckpt import commit
 from shardckpt.background import PendingSave
-from shardckpt.codecs import digest, digests_text
 from shardckpt.coordinator import Operation
 from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError, UncertainCommitError
 from shardckpt.filenames import MANIFEST
-from shardckpt.manifest import FileEntry, Manifest, ObjectEntry, RankManifest
+from shardckpt.manifest import FileEntry, Manifest, RankManifest, RankValues
 from shardckpt.reports import SaveReport
+from shardckpt.saving.own import Own, put_objects, with_objects
 from shardckpt.saving.structure import Structure
 from shardckpt.storage import Storage
 from shardckpt.workers import THREADS, for_each
@@ -75,6 +75,8 @@ class Order:
     """Whether this rank's skeleton and objects are stored; they are not where rank 0's say the same."""
     skeleton: Any
     objects: dict[str, bytes]
+    own: Own | None
+    """What differs by rank, as this rank has it."""
     previous: bytes | None
     """On rank 0: the commit record that this save may replace."""
     commit_timeout: float
@@ -116,7 +118,7 @@ class Job:
         if self.committed is not None:
             commit.clean(order.storage, self.committed.save_id)
         # A later save may share the shards, which takes none of these.
-        self.order = replace(order, skeleton=None, objects={})
+        self.order = replace(order, skeleton=None, objects={}, own=None)
         order.pending.resolve(report)
 
     def is_there(self) -> bool:
@@ -128,6 +130,12 @@ class Job:
         except ShardckptError:
             return False
         return all(sizes)
+
+
+def _find_place(order: Order) -> None:
+    """Rank 0 has left a marker in the place, but a network file system may be slow to show it."""
+    if order.operation.rank != 0 and not order.storage.list():
+        order.storage.prepare()
 
 
 class SaveJob(Job):
@@ -173,13 +181,16 @@ class SaveJob(Job):
         if isinstance(self._writer, Exception):
             raise self._writer
         assert self._writer is not None, "a job runs once"
-        if rank != 0 and not order.storage.list():
-            # Rank 0 has left a marker there, but a network file system may be slow to show it.
-            order.storage.prepare()
+        _find_place(order)
         manifest = self._writer.run().manifest
+        objects = order.objects if order.speaks else {}
+        own = order.own.objects if order.own is not None else {}
+        entries = put_objects(order.storage, rank, save_id, objects | own)
         if order.speaks:
             manifest.state = order.skeleton
-            manifest.objects = put_objects(order.storage, rank, save_id, order.objects)
+            manifest.objects = {path: entries[path] for path in objects}
+        if order.own is not None:
+            manifest.per_rank = with_objects(order.own, entries)
         return commit.put_rank_manifest(order.storage, manifest)
 
     def _conclude(self, words: list[bytes]) -> bytes:
@@ -217,21 +228,36 @@ class AliasJob(Job):
 
     def run(self) -> None:
         order, source = self.order, self._source.order.pending
-        word: bytes | Exception = b""
-        if not source.succeeded():
-            word = SaveFailedError(f"the save to {source.path}, whose shards it shares, failed.")
+        rank = order.operation.rank
+        word: bytes | Exception
+        try:
+            if not source.succeeded():
+                raise SaveFailedError(f"the save to {source.path}, whose shards it shares, failed.")
+            word = self._own_values()
+        except Exception as error:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
+            word = error
         try:
             verdict = settle(order.operation.in_background(order.owner), word, order.commit_timeout, self._conclude)
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
-            certain = self.committed is None and not isinstance(error, UncertainCommitError)
-            if order.operation.rank == 0 and certain:
-                commit.abandon(order.storage, order.pending.save_id, [0], also=self._linked)
+            unheard = isinstance(error, RankTimeoutError) and rank != 0 and not isinstance(word, Exception)
+            if self.committed is None and not unheard and not isinstance(error, UncertainCommitError):
+                ranks = range(order.operation.world_size) if rank == 0 else [rank]
+                commit.abandon(order.storage, order.pending.save_id, ranks, also=self._linked)
             commit.end_lease(order.pending.save_id)
             order.pending.resolve(failure(order.pending.path, error))
             return
         self._finish(order.report(verdict, rank_nbytes=0, alias=True))
 
-    def _conclude(self, _: list[bytes]) -> bytes:
+    def _own_values(self) -> bytes:
+        """What rank 0 is to hear of this rank's values: those in the rank manifest that is shared may be older."""
+        order = self.order
+        if order.own is None or order.operation.rank == 0:
+            return b""
+        _find_place(order)
+        entries = put_objects(order.storage, order.operation.rank, order.pending.save_id, order.own.objects)
+        return msgspec.json.encode(with_objects(order.own, entries))
+
+    def _conclude(self, words: list[bytes]) -> bytes:
         order = self.order
         shared = self._source.committed
         assert shared is not None, "rank 0 knows what it committed"
@@ -239,27 +265,18 @@ class AliasJob(Job):
         present = {stat.name for stat in order.storage.list()}
         self._linked = [name for name in names if name not in present]
         order.storage.copy_from(self._source.order.storage, self._linked)
+        own = order.own.objects if order.own is not None else {}
+        entries = put_objects(order.storage, 0, order.pending.save_id, order.objects | own)
         manifest = msgspec.structs.replace(
             shared,
             save_id=order.pending.save_id,
             created=commit.now(),
             state=order.skeleton,
-            objects=put_objects(order.storage, 0, order.pending.save_id, order.objects),
+            objects={path: entries[path] for path in order.objects},
         )
+        values = [msgspec.json.decode(word, type=RankValues) if word else None for word in words]
+        values[0] = with_objects(order.own, entries) if order.own is not None else None
+        manifest = commit.with_values(manifest, values)
         commit.publish(order.storage, manifest, order.previous)
         self.committed = manifest
         return msgspec.msgpack.encode(sum(file.size for file in manifest.files))
-
-
-def put_objects(storage: Storage, rank: int, save_id: str, objects: dict[str, bytes]) -> dict[str, ObjectEntry]:
-    """Store pickled objects back to back in one file; returns where each lies, by path."""
-    if not objects:
-        return {}
-    name = filenames.objects_name(rank, save_id)
-    entries = {}
-    offset = 0
-    for path, data in objects.items():
-        entries[path] = ObjectEntry(name, offset, len(data), digests_text([digest(data)]))
-        offset += len(data)
-    storage.put(name, b"".join(objects.values()), replace=False)
-    return entries

@@ -11,10 +11,11 @@ import zstandard
 
 from shardckpt.box import Box, relative_to, slices
 from shardckpt.codecs import ITEMSIZE, digest, digests_text
-from shardckpt.commit import TensorHead
 from shardckpt.coordinator import Operation, turn
+from shardckpt.manifest import TensorHead
 from shardckpt.planner import Held, ShardPlan, plan_save
 from shardckpt.safetensors_format import entry_key
+from shardckpt.saving.own import location_of, own_sources
 from shardckpt.staging import Source
 from shardckpt.state import Flattened
 
@@ -32,6 +33,10 @@ class Opening(msgspec.Struct, array_like=True):
     known: str
     """Key of the plan that this rank has in store."""
     may_alias: bool
+    places: str
+    """Digest of the names of what differs by rank; empty where this rank has nothing of that kind."""
+    own_nbytes: int
+    """Of what differs by rank, on this rank."""
 
 
 class _WireTensor(msgspec.Struct, array_like=True):
@@ -72,12 +77,14 @@ def may_share(openings: Sequence[Opening], structure: "Structure | None") -> boo
         and structure is not None
         and structure_key(openings) == structure.key
         and len({opening.outline for opening in openings if opening.outline}) == 1
+        and len({opening.places for opening in openings}) == 1
     )
 
 
 def speaks(openings: Sequence[Opening], rank: int) -> bool:
     """Whether a rank's skeleton has places that rank 0's lacks, or is rank 0's, so that it must be stored."""
-    return rank == 0 or openings[rank].outline not in ("", openings[0].outline)
+    first, own = openings[0], openings[rank]
+    return rank == 0 or own.outline not in ("", first.outline) or own.places not in ("", first.places)
 
 
 class Descriptions(NamedTuple):
@@ -136,8 +143,7 @@ def _describe(flat: Flattened, world_size: int) -> _WireStructure:
             leaf.dtype,
             [(box.offsets, box.lengths) for box in leaf.boxes],
             leaf.split,
-            # On several ranks a tensor is on several devices, so its tag names only their type.
-            leaf.location if world_size == 1 else leaf.location.partition(":")[0],
+            location_of(leaf, world_size),
         )
         for leaf in flat.tensors.values()
     ]
@@ -172,7 +178,7 @@ def _hint(plans: Sequence[ShardPlan], digests: Sequence[bytes], decoded: dict[by
 
 
 def sources(plan: ShardPlan, flat: Flattened) -> list[Source]:
-    """A rank's part of the plan, with the memory each entry is in."""
+    """A rank's part of the plan, and what is its own, with the memory each entry is in; widest elements first."""
     found = []
     for item in plan.items:
         leaf = flat.tensors[item.fqn]
@@ -181,6 +187,8 @@ def sources(plan: ShardPlan, flat: Flattened) -> list[Source]:
             view = view[slices(relative_to(leaf.boxes[item.held], item.box))]
         key = entry_key(item.fqn, leaf.shape, item.box)
         found.append(Source(key, item.fqn, leaf.dtype, item.box, view, item.nbytes))
+    if own := own_sources(flat):
+        found = sorted(found + own, key=lambda source: (-ITEMSIZE[source.dtype], source.fqn, source.box))
     return found
 
 
@@ -190,4 +198,4 @@ def bytes_to_stage(flat: Flattened, world_size: int) -> int:
     for leaf in flat.tensors.values():
         held = sum(view.numel() * view.element_size() for view in leaf.views)
         nbytes += held // world_size if leaf.split else held
-    return nbytes
+    return nbytes + sum(source.nbytes for source in own_sources(flat))

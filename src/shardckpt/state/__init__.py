@@ -5,11 +5,13 @@
 
 from shardckpt.state import meshes
 from shardckpt.state.differences import Differences, together
-from shardckpt.state.flatten import Flattened, flatten
+from shardckpt.state.flatten import flatten
+from shardckpt.state.flattened import Flattened
 from shardckpt.state.leaves import LocalTensor
 from shardckpt.state.match import Match
 from shardckpt.state.materialise import meta_tensors
 from shardckpt.state.names import ModuleState, OptimizerState, Share, parameter_names
+from shardckpt.state.per_rank import PerRank
 from shardckpt.state.renaming import KeyMap, rename
 from shardckpt.state.skeleton import merge
 from shardckpt.state.subtree import Prefix, hint, prefix_name, subtree
@@ -22,6 +24,7 @@ __all__ = [
     "Match",
     "ModuleState",
     "OptimizerState",
+    "PerRank",
     "Prefix",
     "Share",
     "flatten",

@@ -7,7 +7,6 @@ import io
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -17,7 +16,16 @@ from torch import Tensor, nn
 from shardckpt.errors import UnserialisableError, UsageError
 from shardckpt.state import names, values
 from shardckpt.state.beside import is_sharded, parts
-from shardckpt.state.leaves import LocalTensor, check_data, is_raw_tensor, is_uninitialised, local_tensor, memory_key
+from shardckpt.state.flattened import Flattened, check_names
+from shardckpt.state.leaves import (
+    check_data,
+    is_distributed,
+    is_raw_tensor,
+    is_uninitialised,
+    local_tensor,
+    memory_key,
+)
+from shardckpt.state.per_rank import PerRank, rank_path
 from shardckpt.state.selection import Selection, matches
 from shardckpt.state.skeleton import MAX_DEPTH, SPARSE_PARTS
 
@@ -27,61 +35,72 @@ _LEFT_OUT: Final = object()
 """In place of a node: nothing of the value is selected."""
 
 
-@dataclass(slots=True)
-class Flattened:
-    """A state as the engine sees it on one rank."""
-
-    tensors: dict[str, LocalTensor] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    skeleton: Json = None
-    objects: dict[str, bytes] = field(default_factory=dict)
-    """Pickled with ``torch.save``, by path; taken at the call, so that they belong to the same instant."""
-    structure: str = ""
-    """Digest of the tensors' names, shapes, dtypes and boxes: equal while a plan stays good."""
-    outline: str = ""
-    """Digest of names and kinds alone: equal on ranks whose skeletons have the same places. Empty for a `Share`."""
-
-
 def flatten(
     state: Any,
     *,
     replicated: bool | Sequence[str],
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
+    rank: int,
 ) -> Flattened:
     """Flatten ``state`` without copying a tensor, stepping an optimizer or changing anything.
 
     ``replicated`` declares loose tensors and buffers equal on all ranks (true, or patterns of their names), so that
-    their writing is shared. Raises UnserialisableError naming the path of a value that cannot be stored, UsageError for
-    a state of a wrong type, with clashing names, or of which nothing is selected.
+    their writing is shared. ``rank`` is part of the names of what is this rank's own.
+
+    Raises UnserialisableError naming the path of a value that cannot be stored, UsageError for a state of a wrong type,
+    with clashing names, or of which nothing is selected.
     """
     names.check_root(state)
     is_share = isinstance(state, names.Share)
     if isinstance(state, dict) and not names.is_stateful(state) and not _is_state_dict(state):
         state = dict(state)  # whatever kind of dict is at the root, it is a state and not an object to be pickled
+    parameters, selected = names.parameter_names(state), Selection(include, exclude)
+    own = _Flattener(parameters, lambda _: False, selected, rank=rank, own=None)
     walk = _Flattener(
-        names.parameter_names(state),
+        parameters,
         lambda path: replicated is True or (replicated is not False and matches(path, replicated)),
-        Selection(include, exclude),
+        selected,
+        rank=rank,
+        own=own,
     )
     walk.result.skeleton = walk.node(state, "", False)
     if walk.result.skeleton is _LEFT_OUT:
         raise UsageError(f"include={include!r} and exclude={exclude!r} leave nothing of the state to save.")
     walk.result.structure = walk.structure.hexdigest()
     walk.result.outline = "" if is_share else walk.outline.hexdigest()
+    if own.nodes:
+        own.result.skeleton = own.nodes
+        own.result.structure = own.structure.hexdigest()
+        check_names(walk.result, own.result)
+        walk.result.own = own.result
+        walk.result.places = xxhash.xxh3_128_hexdigest("\0".join(sorted(own.nodes)).encode())
     return walk.result
 
 
 class _Flattener:
-    def __init__(self, parameters: Mapping[int, str], replicated: Callable[[str], bool], selected: Selection) -> None:
+    """One walk over a state. ``own`` walks over what differs by rank, and is None in that walk itself."""
+
+    def __init__(
+        self,
+        parameters: Mapping[int, str],
+        replicated: Callable[[str], bool],
+        selected: Selection,
+        *,
+        rank: int,
+        own: "_Flattener | None",
+    ) -> None:
         self.result = Flattened()
+        self.nodes: dict[str, Json] = {}
+        self._rank = rank
+        self._own = own
         self.structure = xxhash.xxh3_128()
         self.outline = xxhash.xxh3_128()
         self._parameters = parameters
         self._replicated = replicated
         self._selected = selected
         self._memory: dict[Hashable, str] = {}
-        self._open: set[int] = set()
+        self.open: set[int] = set() if own is None else own.open
 
     def node(self, value: Any, path: str, split: bool) -> Json:
         """The skeleton of ``value``, or `_LEFT_OUT`. ``split`` says that its tensors are equal on all ranks."""
@@ -91,6 +110,8 @@ class _Flattener:
             return self._module(value, path)
         if names.is_optimizer(value):
             return self._optimizer(value, path)
+        if isinstance(value, PerRank):
+            return self._per_rank(value, path)
         if values.is_plain_dict(value) or type(value) in (list, tuple):
             with self._inside(value, path):
                 self._note(type(value).__name__, path)
@@ -99,6 +120,17 @@ class _Flattener:
             with self._inside(value, path):
                 return self.node(value.state_dict(), path, split)
         return self._leaf(value, path, split) if self._selected(path) else _LEFT_OUT
+
+    def _per_rank(self, value: PerRank, path: str) -> Json:
+        if self._own is None:
+            raise UsageError(f"the PerRank at {path!r} lies within another PerRank; take the inner one off.")
+        place = names.unique(path, self._own.nodes.__contains__)
+        node = self._own.node(value.value, rank_path(place, self._rank), False)
+        if node is _LEFT_OUT:
+            return _LEFT_OUT
+        self._own.nodes[place] = node
+        self._note("r", place)
+        return {"$per_rank": place}
 
     def _leaf(self, value: Any, path: str, split: bool) -> Json:
         scalar = values.encode_scalar(value)
@@ -117,15 +149,15 @@ class _Flattener:
     @contextmanager
     def _inside(self, value: Any, path: str) -> Iterator[None]:
         """While the parts of ``value`` are walked over: it must not be one of them, nor the walk become endless."""
-        if id(value) in self._open:
+        if id(value) in self.open:
             raise UnserialisableError(f"the {type(value).__name__} at {path!r} contains itself; a state is a tree.")
-        if len(self._open) == MAX_DEPTH:
+        if len(self.open) == MAX_DEPTH:
             raise UnserialisableError(f"the state is more than {MAX_DEPTH} containers deep, at {path!r}.")
-        self._open.add(id(value))
+        self.open.add(id(value))
         try:
             yield
         finally:
-            self._open.discard(id(value))
+            self.open.discard(id(value))
 
     def _dict(self, value: dict[Any, Any], path: str, split: bool) -> Json:
         if _is_state_dict(value):
@@ -151,9 +183,9 @@ class _Flattener:
         self._note(type(value).__name__, path)
         items = []
         for index, item in enumerate(value):
-            if isinstance(item, Tensor):
-                kind = type(value).__name__
-                raise UnserialisableError(f"the {kind} at {path!r} holds tensors; use a list or a dict.")
+            if isinstance(item, (Tensor, PerRank)):
+                kind, found = type(value).__name__, "tensors" if isinstance(item, Tensor) else "a PerRank"
+                raise UnserialisableError(f"the {kind} at {path!r} holds {found}; use a list or a dict.")
             child = names.child_path(path, index)
             items.append({"$tuple": self._set(item, child)} if type(item) is tuple else self._leaf(item, child, False))
         return items if type(value) is tuple else {f"${type(value).__name__}": items}
@@ -178,6 +210,11 @@ class _Flattener:
             return self._sparse(value, path, split)
         if not is_raw_tensor(value):
             return self._object(value, path)
+        if self._own is None and is_distributed(value):
+            raise UnserialisableError(
+                f"{path!r} is a {type(value).__name__} in a PerRank, though each rank has but a part of it: take it out"
+                " of the PerRank, or put only its local tensor there."
+            )
         name = self._unique(path)
         key = memory_key(value)
         if key is not None and key in self._memory:
@@ -267,6 +304,7 @@ class _Flattener:
             for index, name, parameter in zip(group["params"], group_names, live["params"], strict=True)
         }
         self._note("o", path)
+        places = len(self._own.nodes) if self._own is not None else 0
         below = names.child_path(path, "state")
         state, loose = {}, []
         for key, item in state_dict["state"].items():
@@ -289,6 +327,8 @@ class _Flattener:
         rest = self.node(
             {key: item for key, item in state_dict.items() if key not in ("state", "param_groups")}, path, True
         )
+        if self._own is not None and len(self._own.nodes) > places:
+            raise UsageError(f"the optimizer at {path or 'the root'!r} has a PerRank in its state; keep it elsewhere.")
         if not state and not loose and groups and all(group["options"] is _LEFT_OUT for group in groups):
             return _LEFT_OUT
         for node in groups:
@@ -310,8 +350,15 @@ class _Flattener:
                 f" is neither plain nor picklable: {error}. Take it out of the state, or give it"
                 " state_dict/load_state_dict."
             ) from error
+        data = buffer.getvalue()
+        if PerRank.__module__.encode() in data:  # a pickle names the classes in it
+            raise UnserialisableError(
+                f"the {type(value).__qualname__} at {path or 'the root'!r} is pickled as a whole, with a PerRank in it,"
+                " which would be that of one rank for all. Give it state_dict/load_state_dict, or put a PerRank around"
+                " it."
+            )
         name = self._unique(path)
-        self.result.objects[name] = buffer.getvalue()
+        self.result.objects[name] = data
         self._note("p", name)
         return {"$object": name}
 

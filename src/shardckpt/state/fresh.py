@@ -90,6 +90,8 @@ class Maker:
         if tag == "$object":
             self.objects.setdefault(argument, None)
             return lambda: self.objects[argument]
+        if tag == "$per_rank":
+            return self.per_rank(argument, path)
         if tag in ("$tuple", "$set", "$frozenset") or isinstance(node, list):
             kind = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}.get(tag or "", list)
             nodes = node if tag is None else argument
@@ -110,6 +112,14 @@ class Maker:
             return fill
         value = values.decode_scalar(node, path)
         return lambda: value
+
+    def per_rank(self, place: str, path: str) -> Thunk:  # noqa: ARG002 - a match wants to know
+        """The thunk of the values of all ranks that saved, by rank; None for a rank that had none."""
+        made = {
+            rank: self.new(node, names.child_path(place, f"rank-{rank}"))
+            for rank, node in self.manifest.per_rank[place].items()
+        }
+        return lambda: [made[rank]() if rank in made else None for rank in range(self.manifest.world_size)]
 
     def _new_tensor(self, name: str, room: Room | None) -> Fresh:
         entry, dtype = self.entry(name), self._dtype(name)

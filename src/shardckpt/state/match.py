@@ -30,7 +30,8 @@ from shardckpt.state.materialise import install, like, why_not
 from shardckpt.state.meshes import Meshes
 from shardckpt.state.modules import match_module
 from shardckpt.state.optimizers import match_optimizer
-from shardckpt.state.skeleton import contains_tensor, tensor_name
+from shardckpt.state.per_rank import WRAP_IT, Here, Offer, PerRank, holders, match_per_rank
+from shardckpt.state.skeleton import contains_tensor, per_rank_place, per_rank_places, tensor_name
 
 Json = Any
 
@@ -39,7 +40,8 @@ class Match(Maker):
     """One live state (or none) held against one manifest.
 
     ``targets`` are live tensors to fill, under the names of the checkpoint; ``materialised``, by ``id``, live tensors
-    on the meta device that will get data, and new tensors to be filled in their stead.
+    on the meta device that will get data, and new tensors to be filled in their stead; ``offers`` what somebody must
+    decide of all ranks' values, before the thunks run. ``here`` is None where there is no live state.
     """
 
     def __init__(
@@ -50,8 +52,12 @@ class Match(Maker):
         convert_dtype: bool,
         strict: bool,
         relocate: Callable[[Tensor, str], Tensor],
+        here: Here | None,
     ) -> None:
         super().__init__(manifest, relocate)
+        self.here = here
+        self.offers: list[Offer] = []
+        self._holders: dict[str, PerRank] | None = None
         self.targets: list[LocalTensor] = []
         self.materialised: dict[int, tuple[Tensor, Fresh]] = {}
         self.differences = Differences()
@@ -85,8 +91,13 @@ class Match(Maker):
 
     def match(self, live: Any, node: Json, path: str) -> Thunk:
         """The thunk that restores ``node`` into ``live``, and the value that then belongs in its place."""
+        if isinstance(live, PerRank):
+            return match_per_rank(self, live, node, path)
         if isinstance(live, Tensor):
             return self.tensor(live, node, path)
+        if per_rank_place(node) is not None and not names.is_stateful(live):
+            self.differences.mismatched.append(_by_rank(path))
+            return lambda: live
         if names.is_module(live):
             return match_module(self, live, node, path)
         if names.is_optimizer(live):
@@ -95,10 +106,32 @@ class Match(Maker):
             return self._dict(live, node, path)
         if type(live) in (list, tuple):
             return self._sequence(live, node, path)
-        value = self.new(node, path)
         if names.is_stateful(live):
+            value = self._for_stateful(live, node, path)
             return lambda: (live.load_state_dict(value()), live)[1]
-        return value
+        return self.new(node, path)
+
+    def _for_stateful(self, live: Any, node: Json, path: str) -> Thunk:
+        """What ``load_state_dict`` of a live object gets: a `PerRank` where its ``state_dict()`` had one."""
+        if not self._places(node):
+            return self.new(node, path)
+        self._holders = dict(holders(live.state_dict(), path))
+        if per_rank_place(node) is not None and path not in self._holders:
+            self._holders = None
+            self.differences.mismatched.append(_by_rank(path))
+            unchanged: Thunk = live.state_dict
+            return unchanged
+        try:
+            return self.new(node, path)
+        finally:
+            self._holders = None
+
+    def per_rank(self, place: str, path: str) -> Thunk:
+        if self._holders is not None:
+            return match_per_rank(self, self._holders.get(path, PerRank(None)), {"$per_rank": place}, path)
+        if self.here is not None:
+            self.differences.mismatched.append(_by_rank(path))
+        return super().per_rank(place, path)
 
     def tensor(self, live: Tensor, node: Json, path: str, owner: Tensor | None = None) -> Thunk:
         """As `match`. ``owner`` is the tensor itself where ``live``, being on the meta device, only describes it."""
@@ -106,9 +139,11 @@ class Match(Maker):
             return self.new(node, path)
         name = tensor_name(node)
         if name is None:
-            found = {"$sparse": "a sparse tensor", "$object": "a pickled object"}.get(
-                values.tag_of(node) or "", "a plain value"
-            )
+            found = {
+                "$sparse": "a sparse tensor",
+                "$object": "a pickled object",
+                "$per_rank": f"a value by rank ({WRAP_IT})",
+            }.get(values.tag_of(node) or "", "a plain value")
             self.differences.mismatched.append(f"{path}: a tensor here, but {found} in the checkpoint")
         elif is_meta(live):
             return self._materialise(live, live if owner is None else owner, name, path)
@@ -223,9 +258,12 @@ class Match(Maker):
             child = names.child_path(path, key)
             if not path:
                 self.differences.skipped.append(child)
-            elif not is_plain and contains_tensor(saved[key]):
+                continue
+            places = self._places(saved[key])
+            self._leave(places)
+            if (places or not is_plain) and contains_tensor(saved[key]):
                 self.differences.unexpected.append(child)
-            else:
+            elif not places:
                 thunks[key] = self.new(saved[key], child)
         gone = [key for key in live if key not in saved] if is_plain else []
 
@@ -237,6 +275,23 @@ class Match(Maker):
             return live
 
         return place
+
+    def _places(self, node: Json) -> list[str]:
+        return per_rank_places(node) if self.manifest.per_rank else []
+
+    def _leave(self, places: list[str]) -> None:
+        """Note that the live state lacks ``places`` that differ by rank; this rank may have lacked them when saved."""
+        assert self.here is not None, "there is no live state but in a restore"
+        rank, world_size = self.here
+        if world_size != self.manifest.world_size:
+            self.offers += [Offer(place, None) for place in places]
+            return
+        # Not merely unexpected: that another rank has the place does not help this rank's value.
+        self.differences.mismatched += [
+            f"{place}: nothing here, a value of rank {rank} in the checkpoint"
+            for place in places
+            if rank in self.manifest.per_rank[place]
+        ]
 
     def _sequence(self, live: Any, node: Json, path: str) -> Thunk:
         items = node["$tuple"] if values.tag_of(node) == "$tuple" else node
@@ -263,13 +318,17 @@ def _replace(live: list[Any], items: list[Any]) -> list[Any]:
     return live
 
 
+def _by_rank(path: str) -> str:
+    return f"{path}: one value for all ranks here, a value by rank in the checkpoint ({WRAP_IT})"
+
+
 def holds_live(value: Any) -> bool:
     """Whether a container holds, at any depth, something that is restored in place and not just replaced."""
     seen: set[int] = set()
     todo = [value]
     while todo:
         item = todo.pop()
-        if isinstance(item, Tensor) or names.is_module(item) or names.is_optimizer(item):
+        if isinstance(item, (Tensor, PerRank)) or names.is_module(item) or names.is_optimizer(item):
             return True
         if isinstance(item, (dict, list, tuple)):
             if id(item) not in seen:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shardckpt.state import names, values
 from shardckpt.state.leaves import is_distributed, is_meta, is_raw_tensor, is_uninitialised, storage_key
+from shardckpt.state.per_rank import PerRank
 from shardckpt.state.rehearsal import rehearse
 from shardckpt.state.skeleton import tensor_name
 
@@ -51,6 +52,9 @@ def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json
             thunks[raw] = match.tensor(value, saved[clean], child, on_meta.get(raw))
             continue
         in_place = False
+        if isinstance(value, PerRank):
+            thunks[raw] = match.match(value, saved[clean], child)
+            continue
         name = tensor_name(saved[clean])
         if raw_live and name is not None and is_distributed(value) and not is_meta(value):
             # A hook made it; loading code will want one that is sharded alike.

@@ -10,7 +10,7 @@ from typing import Any, Final
 from shardckpt.errors import CorruptCheckpointError
 from shardckpt.manifest import Manifest
 from shardckpt.state import values
-from shardckpt.state.skeleton import SPARSE_PARTS
+from shardckpt.state.skeleton import SPARSE_PARTS, per_rank_place
 
 Json = Any
 
@@ -27,15 +27,33 @@ def check_skeleton(manifest: Manifest, where: str) -> None:
 
     ``where`` names the file in messages.
     """
-    level: list[Child] = [("", manifest.state)]
+    level: list[tuple[Child, bool]] = [(("", manifest.state), False)]
+    places: set[str] = set()
     depth = 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
             raise CorruptCheckpointError(
-                f"{where}: the state is nested deeper than {MAX_DEPTH} levels, at {level[0][0][:80]!r} for one."
+                f"{where}: the state is nested deeper than {MAX_DEPTH} levels, at {level[0][0][0][:80]!r} for one."
             )
-        level = [child for path, node in level for child in _children(manifest, path, node, where)]
+        following: list[tuple[Child, bool]] = []
+        for (path, node), within in level:
+            children = _children(manifest, path, node, where)
+            place = per_rank_place(node)
+            if place is not None:
+                # Walking over one place again and again, or in itself, would never end.
+                if within or place in places:
+                    raise CorruptCheckpointError(
+                        f"{where}: the values by rank of {place!r} stand in the state twice, or within others. The"
+                        " manifest is damaged; load another checkpoint."
+                    )
+                places.add(place)
+            # Anything else is a value, and means itself.
+            nodes = [child for child in children if isinstance(child[1], (dict, list))]
+            following += [(child, within or place is not None) for child in nodes]
+        level = following
+    for place in manifest.per_rank.keys() - places:
+        raise CorruptCheckpointError(f"{where}: `per_rank` has {place!r}, which stands nowhere in the state.")
 
 
 def _children(manifest: Manifest, path: str, node: Json, where: str) -> Iterator[Child]:
@@ -112,6 +130,11 @@ def _object(manifest: Manifest, path: str, name: Json) -> list[Child]:  # noqa: 
     return []
 
 
+def _per_rank(manifest: Manifest, path: str, place: Json) -> list[Child]:
+    _require(isinstance(place, str) and place in manifest.per_rank, "the manifest lists no such place")
+    return [(_at(path, f"rank-{rank}"), node) for rank, node in manifest.per_rank[place].items()]
+
+
 def _defaultdict(_: Manifest, path: str, node: Json) -> list[Child]:
     factory, pairs = node
     _require(factory is None or factory in values.FACTORIES, "its factory is unknown")
@@ -152,6 +175,7 @@ _CHILDREN: Final[dict[str | None, Callable[[Manifest, str, Json], list[Child]]]]
     "$tensor": _tensor,
     "$ndarray": _tensor,
     "$object": _object,
+    "$per_rank": _per_rank,
     "$tuple": lambda _, path, node: _items(path, node),
     "$set": lambda _, path, node: _hashable_items(path, node),
     "$frozenset": lambda _, path, node: _hashable_items(path, node),

@@ -34,6 +34,20 @@ def tensor_name(node: Json) -> str | None:
     return node[tag] if (tag := values.tag_of(node)) in ("$tensor", "$ndarray") else None
 
 
+def per_rank_place(node: Json) -> str | None:
+    """The name under which a manifest lists all ranks' values for a node; None where there is one value for all."""
+    return node["$per_rank"] if values.tag_of(node) == "$per_rank" else None
+
+
+def per_rank_places(node: Json) -> list[str]:
+    """The names of all places in a node that have a value for each rank."""
+    place = per_rank_place(node)
+    if place is not None:
+        return [place]
+    items = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return [place for item in items for place in per_rank_places(item)]
+
+
 def as_torch_format(node: Json) -> Json:
     """An optimizer node as the node of torch's own state dict: state by index, as ``load_state_dict`` takes it."""
     body = node["$optimizer"]
@@ -83,8 +97,8 @@ def merge(first: Json, second: Json) -> Json:
     if isinstance(first, list) and isinstance(second, list):
         merged = [merge(a, b) for a, b in zip(first, second, strict=False)] + first[len(second) :]
         tail = second[len(first) :]
-        # Plain values come from the lowest rank; only tensors make a longer list of a higher rank worth having.
-        return merged + tail if contains_tensor(tail) else merged
+        # Plain values come from the lowest rank; only what no other rank has makes a longer list of a higher one count.
+        return merged + tail if contains_tensor(tail) or per_rank_places(tail) else merged
     return first
 
 
