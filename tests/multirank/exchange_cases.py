@@ -21,7 +21,7 @@ from shardckpt import Checkpointer, codecs, loading
 from shardckpt.reader import exchange, fetch, rounds, shards, targets, together
 from shardckpt.storage import Storage
 from shardckpt.writer import output, streams
-from storage.wrappers import CountingStorage, FaultyStorage, SlowStorage, WrapperStorage
+from storage.wrappers import CountingStorage, FaultyStorage, WrapperStorage
 
 CELL = 64 << 10
 TENSORS = {
@@ -101,6 +101,31 @@ def local(tensor: Any) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@contextmanager
+def clock(counting: list[CountingStorage], slow: str | None) -> Iterator[None]:
+    """Replace the clock of trials by one that only reading moves, or only passing on, however busy the machine is."""
+    if slow is None:
+        yield
+        return
+    swaps = 0
+    swap = rounds._swap
+
+    def counted(*args: Any) -> None:
+        nonlocal swaps
+        swap(*args)
+        swaps += 1
+
+    def now() -> float:
+        return sum(sum(storage.bytes_read.values()) for storage in counting) / 1e6 if slow == "storage" else swaps
+
+    fake = mock.Mock(perf_counter=now)
+    patches = (mock.patch.object(module, "time", fake) for module in (rounds, together))
+    with mock.patch.object(rounds, "_swap", counted), ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
 def save(rank: int, path: str, compression: str | None = None) -> None:
     with small_scale():
         Checkpointer(timeout=60, compression=compression).save(state("rows", fill=True), path)
@@ -113,21 +138,22 @@ def load(
     share: Any = True,
     *,
     dtype: torch.dtype | None = None,
-    bytes_per_second: float | None = None,
+    slow: str | None = None,
     only: int | None = None,
 ) -> dict[str, Any]:
-    """Load in place as ``kind``; what this rank read and received. ``only``: all others want nothing."""
+    """Load in place as ``kind``; what this rank read and received.
+
+    ``slow`` is what takes time by the clock of the trial, "storage" or "network". ``only``: all others want nothing.
+    """
     counting: list[CountingStorage] = []
 
     def wrap(storage: Storage) -> Storage:
-        if bytes_per_second is not None:
-            storage = SlowStorage(storage, bytes_per_second=bytes_per_second, methods=["read_into"])
         counting.append(CountingStorage(storage))
         return counting[-1]
 
     live = state(kind, fill=False, dtype=dtype) if only in (None, rank) else {}
     pointers = {name: local(tensor).data_ptr() for name, tensor in live.items()}
-    with small_scale(), storage_made(wrap):
+    with small_scale(), storage_made(wrap), clock(counting, slow):
         report = Checkpointer(timeout=60, commit_timeout=60, share_reads=share).load(
             path, live, convert_dtype=dtype is not None
         )

@@ -38,19 +38,30 @@ _groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = wea
 T = TypeVar("T")
 
 
+def has_group() -> bool:
+    """Whether this rank has a group over which to exchange; one that met an error has left it, others perhaps not."""
+    return _world() in _groups
+
+
 def join_group(seconds: float) -> bool:
-    """Have a group over which to exchange; all ranks call. `seconds` is how long one may wait for another.
+    """Make a group over which to exchange; all ranks call. `seconds` is how long one may wait for another.
 
     False where this rank can't have one: there is no gloo, or no connection.
     """
-    world = _world()
-    if world not in _groups:
-        try:
-            _groups[world] = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
-        except (RuntimeError, ValueError) as error:
-            log.warning("the ranks read alone, since there is no gloo group over which to exchange: %s", error)
-            return False
+    leave_group()
+    try:
+        _groups[_world()] = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+    except (RuntimeError, ValueError) as error:
+        log.warning("the ranks read alone, since there is no gloo group over which to exchange: %s", error)
+        return False
     return True
+
+
+def leave_group() -> None:
+    """Close this rank's connections, if it has any: an error for all who wait for it."""
+    group = _groups.pop(_world(), None)
+    if group is not None:
+        dist.destroy_process_group(group)
 
 
 def _world() -> dist.ProcessGroup:
@@ -60,7 +71,7 @@ def _world() -> dist.ProcessGroup:
 
 
 def _over_group(call: Callable[[dist.ProcessGroup], T]) -> T:
-    """What `call` returns. Whatever it raises closes this rank's connections: an error for all who wait for it.
+    """What `call` returns. Whatever it raises makes this rank leave the group.
 
     Tried: gloo keeps them open, and the others waiting, until nothing refers to the group or to what was sent over it.
     So nobody keeps the group but `_groups`, and the frames of `call` go with the traceback.
@@ -69,7 +80,7 @@ def _over_group(call: Callable[[dist.ProcessGroup], T]) -> T:
         return call(_groups[_world()])
     except RuntimeError as error:
         error.__traceback__ = None
-        _close()
+        leave_group()
         text = str(error).partition("\n")[0]
         raise RankTimeoutError(
             "a rank left in the middle of a load, while ranks read for each other; look at the log of the rank that"
@@ -77,13 +88,8 @@ def _over_group(call: Callable[[dist.ProcessGroup], T]) -> T:
         ) from error
     except BaseException as error:
         error.__traceback__ = None
-        _close()
+        leave_group()
         raise
-
-
-def _close() -> None:
-    """Leave the group; the next `join_group` makes another."""
-    dist.destroy_process_group(_groups.pop(_world()))
 
 
 def _swap(

@@ -33,7 +33,7 @@ from shardckpt.reader.exchange import (
     worthwhile,
 )
 from shardckpt.reader.place import Target
-from shardckpt.reader.rounds import Rounds, join_group, runs_of
+from shardckpt.reader.rounds import Rounds, has_group, join_group, runs_of
 from shardckpt.reader.targets import READ_MEMORY, Reading, ReadStats, read_targets, timed
 from shardckpt.staging import StagingPool
 from shardckpt.storage import BLOCK, Storage
@@ -99,12 +99,13 @@ def read_together(
             body = zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(wants))
             said.word = msgspec.msgpack.encode(_Opening(share, files, digests_text([digest(body)])))
         openings = [msgspec.msgpack.decode(word, type=_Opening) for word in said.heard]
-        plan = _agree_on_plan(operation, openings, body, stored, patience)
+        plan = _agree_on_plan(operation, openings, body, stored)
+        rounds = None if plan is None else _join(plan, reading, operation, patience)
         with reading.placing():
-            if plan is None:
+            if plan is None or rounds is None:
                 reading.everything()
             else:
-                _share(plan, reading, operation, patience)
+                _share(plan, reading, rounds, operation, patience)
 
 
 def _agree_on_plan(
@@ -112,9 +113,8 @@ def _agree_on_plan(
     openings: Sequence[_Opening],
     body: bytes,
     stored: Callable[[str], Sequence[Stored]],
-    patience: float,
 ) -> Exchange | None:
-    """The plan of an exchange, once there is a group for it; None where there will be none. The same on all ranks."""
+    """The plan of an exchange; None where there will be none. The same on all ranks."""
     if not all(opening.share for opening in openings):
         return None
     forced = all(opening.share is True for opening in openings)
@@ -137,15 +137,24 @@ def _agree_on_plan(
         spared = plan.alone - plan.union
         if not (plan.rounds if forced else plan.trial and worthwhile(plan.alone, spared, operation.world_size)):
             return None
+    return plan
+
+
+def _join(plan: Exchange, reading: Reading, operation: Operation, patience: float) -> Rounds | None:
+    """What this rank needs for an exchange: a group and memory; None where some rank can't have a group."""
+    with turn(operation, "rounds") as ready:
+        rounds = Rounds(plan, reading, operation.rank)
+        ready.word = b"has" if has_group() else b""
+    if all(ready.heard):
+        return rounds
     with turn(operation, "group") as joined:
         joined.word = b"yes" if join_group(patience) else b"no"
-    return None if b"no" in joined.heard else plan
+    return None if b"no" in joined.heard else rounds
 
 
-def _share(plan: Exchange, reading: Reading, operation: Operation, patience: float) -> None:
+def _share(plan: Exchange, reading: Reading, rounds: Rounds, operation: Operation, patience: float) -> None:
     """Fill the targets as planned, if that is the faster way."""
     rank = operation.rank
-    rounds = Rounds(plan, reading, rank)
     left = plan.rounds
     if plan.trial:
         first, left = left[:TRIAL_ROUNDS], left[TRIAL_ROUNDS:]
