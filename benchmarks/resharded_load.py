@@ -1,6 +1,6 @@
 """Load what was saved by rows as columns, and whole on every rank: alone, by exchange, as "auto" decides, with dcp.
 
-    torchrun --standalone --nproc-per-node 4 benchmarks/resharded_load.py --mib 512
+    torchrun --standalone --nproc-per-node 4 benchmarks/resharded_load.py
 
 Places: the local disk, with the files dropped from the page cache before each load; and a storage of limited speed,
 which is the same disk behind a bandwidth that every request of every rank gets (``--slow``), as a network file system
@@ -15,6 +15,7 @@ record goes to ``benchmarks/results/``.
 import argparse
 import datetime
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -63,6 +64,8 @@ class Bench:
     """Seconds by place, layout and contender, one element a repetition; and the bytes that came from storage."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        self.load = os.getloadavg()[0]
+        """Of the machine over the last minute: a busy one measures something else."""
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.mesh: DeviceMesh = init_device_mesh("cpu", (self.world,))
         self.root: Path = args.dir
@@ -166,6 +169,7 @@ def record(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
             "ranks": bench.world,
             "state_bytes": bench.nbytes,
             "slow_storage_bytes_per_second_and_request": bench.slow,
+            "load_average_before": bench.load,
             "repetitions": args.repeats,
             "warm_up": 1,
         },
@@ -195,9 +199,9 @@ def ratios(medians: Mapping[tuple[str, str, str], float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=512, help="size of the state in MiB, in tensors of 16")
+    parser.add_argument("--mib", type=int, default=256, help="size of the state in MiB, in tensors of 16")
     parser.add_argument("--repeats", type=int, default=3, help="counted repetitions, after one that is not")
-    parser.add_argument("--slow", type=float, default=100.0, help="MB/s of each request to the slow storage")
+    parser.add_argument("--slow", type=float, default=25.0, help="MB/s of each request to the slow storage")
     parser.add_argument("--s3", help="URL to save to and load from as well")
     parser.add_argument("--s3-endpoint", help="of the server behind it")
     parser.add_argument("--dir", type=Path, default=Path("runs/benchmark"), help="emptied; on the disk to measure")

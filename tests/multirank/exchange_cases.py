@@ -40,7 +40,7 @@ NBYTES = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in TENS
 def small_scale() -> Iterator[None]:
     """Cells, rounds and thresholds of a sixteenth, so that a few MiB are shared as hundreds are."""
     small = {"DIGEST_BLOCK": CELL, "LIMIT": 1 << 20, "MIN_RANGE": CELL, "_GAIN_BYTES": 1 << 20}
-    small |= {"_TRIAL_ROUND_BYTES": 6 * CELL, "_SLACK": CELL}
+    small |= {"_TRIAL_ROUND_BYTES": 6 * CELL, "_SLACK": CELL, "_SMALL": CELL}
     with ExitStack() as stack:
         for module in (codecs, output, streams, fetch, shards, targets, exchange, rounds, together):
             for name, value in small.items():

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _ALIGNMENT: Final = 16
 """Bytes: of the widest dtype."""
+_SMALL: Final = 2 << 20
+"""Bytes of the buffers with which an exchange begins."""
 _SLACK: Final = 1 << 20
 """Bytes of a buffer beyond `LIMIT`, for alignment."""
 
@@ -133,8 +135,8 @@ class Rounds:
         self._rank = rank
         self._view = plan.view_of[rank]
         # One is filled while another is sent.
-        self._sending = [_touched(LIMIT + _SLACK) for _ in range(2)]
-        self._receiving = _touched(LIMIT + _SLACK)
+        self._sending = [_room(0), _room(0)]
+        self._receiving = _room(0)
         self.ended: list[float] = []
         """When each round that was done had been passed on, in seconds of ``time.perf_counter``."""
 
@@ -187,7 +189,7 @@ class Rounds:
                 messages.append(self._message(view, parts, view, at))
                 at = messages[-1].stop
         if at > len(buffer):
-            buffer = self._sending[slot] = _touched(at)
+            buffer = self._sending[slot] = _room(at)
         others: defaultdict[Entry, list[Placement]] = defaultdict(list)
         for message in messages:
             for item in message.items:
@@ -210,7 +212,7 @@ class Rounds:
                     incoming.append(self._message(reader, parts, self._view, at))
                     at = incoming[-1].stop
             if at > len(self._receiving):
-                self._receiving = _touched(at)
+                self._receiving = _room(at)
             buffer = self._receiving
             sends: list[tuple[torch.Tensor, int]] = []
             for message in outgoing.messages:
@@ -301,6 +303,10 @@ class _Ahead:
         return self._error
 
 
-def _touched(nbytes: int) -> torch.Tensor:
-    """Bytes whose pages are there: the first use of memory is slow, and would be taken for slow storage."""
-    return torch.zeros(nbytes, dtype=torch.uint8).fill_(1)
+def _room(nbytes: int) -> torch.Tensor:
+    """A buffer of at least `nbytes`: a small one is enough for a trial, and others are for any round.
+
+    Its pages are there: the first use of memory is slow, and would be taken for slow storage.
+    """
+    nbytes = _SMALL if nbytes <= _SMALL else max(nbytes, LIMIT + _SLACK)
+    return torch.empty(nbytes, dtype=torch.uint8).fill_(0)

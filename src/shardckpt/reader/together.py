@@ -141,7 +141,7 @@ def _agree_on_plan(
 
 
 def _join(plan: Exchange, reading: Reading, operation: Operation, patience: float) -> Rounds | None:
-    """What this rank needs for an exchange: a group and memory; None where some rank can't have a group."""
+    """What this rank needs for an exchange: memory and a group; None where some rank can't have a group."""
     with turn(operation, "rounds") as ready:
         rounds = Rounds(plan, reading, operation.rank)
         ready.word = b"has" if has_group() else b""
