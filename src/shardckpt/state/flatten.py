@@ -264,14 +264,16 @@ class _Flattener:
     def _module(self, value: nn.Module | names.ModuleState, path: str) -> Json:
         module = names.module_of(value)
         state_dict = value.state_dict if isinstance(value, names.ModuleState) else module.state_dict()
-        parameters = {raw for raw, _ in module.named_parameters(remove_duplicate=False)}
+        cleaned = names.clean_names(module, list(state_dict))
+        # FSDP1 leaves its prefix out of the state dict, so that only clean names can be compared.
+        parameters = names.clean_parameters(module)
         self._note("m", path)
         with self._inside(module, path):
-            node = self._entries(state_dict, names.clean_names(module, list(state_dict)), path, parameters.__contains__)
+            node = self._entries(state_dict, cleaned, path, lambda raw: cleaned[raw] in parameters)
         if node is not _LEFT_OUT:
-            cleaned = names.clean_paths(module)
+            paths = names.clean_paths(module)
             versions = node["$module"]["versions"]
-            node["$module"]["versions"] = {cleaned.get(raw, raw): version for raw, version in versions.items()}
+            node["$module"]["versions"] = {paths.get(raw, raw): version for raw, version in versions.items()}
         return node
 
     def _entries(

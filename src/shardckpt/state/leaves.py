@@ -68,6 +68,11 @@ def is_distributed(value: Any) -> bool:
     return isinstance(value, DTensor) or _is_sharded_tensor(value)
 
 
+def local_parts(tensor: Tensor) -> list[Tensor]:
+    """The memory on this rank of a tensor for which `is_distributed` is true."""
+    return [tensor.to_local()] if isinstance(tensor, DTensor) else _sharded_tensor_parts(tensor)[1]
+
+
 def _is_sharded_tensor(value: Any) -> bool:
     return ShardedTensor is not None and isinstance(value, ShardedTensor)
 

@@ -127,17 +127,22 @@ def _overrides_loading(module: nn.Module) -> bool:
     return loader is not nn.Module._load_from_state_dict and not loader.__module__.startswith("torch.nn.modules.")
 
 
+def _pre_hooks(module: nn.Module) -> list[Any]:
+    """The hooks before loading, but for those by which FSDP brings its parameters into the form that is loaded."""
+    hooks = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
+    return [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.")]
+
+
 def _may_rename(module: nn.Module) -> bool:
     """Whether loading code may know, or make up, what the names alone say is missing or unexpected."""
     return any(
-        m._load_state_dict_pre_hooks or type(m)._load_from_state_dict is not nn.Module._load_from_state_dict
-        for m in module.modules()
+        _pre_hooks(m) or type(m)._load_from_state_dict is not nn.Module._load_from_state_dict for m in module.modules()
     )
 
 
 def _customises_loading(module: nn.Module) -> bool:
     return any(
-        m._load_state_dict_pre_hooks
+        _pre_hooks(m)
         or m._load_state_dict_post_hooks
         or _overrides_loading(m)
         or type(m).load_state_dict is not nn.Module.load_state_dict

@@ -33,6 +33,8 @@ class OptimizerState(NamedTuple):
     state_dict: Mapping[str, Any]
     modules: Mapping[str, nn.Module] = {}
     """Modules by their place in a state, which name its parameters where the state at hand lacks them."""
+    names: list[list[str]] | None = None
+    """What the parameters of ``state_dict`` are called, group by group, where those of the optimizer are others."""
 
 
 class Share(dict[str, Any]):
@@ -124,6 +126,12 @@ def clean_names(module: nn.Module, names: list[str]) -> dict[str, str]:
     return cleaned
 
 
+def clean_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of ``module`` under each of its names without wrapper prefixes."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {name: parameters[raw] for raw, name in clean_names(module, list(parameters)).items()}
+
+
 def clean_paths(module: nn.Module) -> dict[str, str]:
     """The path of each module in ``module``, itself included, without wrapper prefixes."""
     prefixes = _wrapper_prefixes(module)
@@ -196,6 +204,8 @@ def optimizer_parameter_names(
     A parameter outside every module is called by its place.
     """
     if isinstance(value, OptimizerState):
+        if value.names is not None:
+            return value.names
         names = dict(names) | parameter_names(dict(value.modules))
     return [
         [names.get(id(parameter), place_in_groups(g, i)) for i, parameter in enumerate(group["params"])]

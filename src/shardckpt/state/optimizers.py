@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shardckpt.manifest import TensorEntry
 from shardckpt.state import names, values
 from shardckpt.state.beside import as_part, like_parameter
-from shardckpt.state.leaves import is_meta
+from shardckpt.state.leaves import is_distributed, is_meta
 from shardckpt.state.materialise import host_of, like
 from shardckpt.state.skeleton import optimizer_node, tensor_name
 
@@ -237,8 +236,10 @@ class Beside:
 
     def key(self, entry: TensorEntry) -> Hashable:
         place: Hashable = id(self.parameter) if is_meta(self.parameter) else None
-        if isinstance(self.parameter, DTensor):
-            place = id(self.parameter) if self._is_shaped(entry) else self.parameter.device_mesh
+        if is_distributed(self.parameter) and self._is_shaped(entry):
+            place = id(self.parameter)
+        elif isinstance(self.parameter, DTensor):
+            place = self.parameter.device_mesh
         return self.parameter.device, self.is_step, self.twin, place
 
     def make(self, entry: TensorEntry, dtype: torch.dtype) -> Tensor:

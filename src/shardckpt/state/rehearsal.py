@@ -23,8 +23,10 @@ def rehearse(module: nn.Module, state_dict: dict[str, Any]) -> Verdict | None:
     Of what has a ``shape``, only that counts: the twin gets tensors without data. ``state_dict`` is used up.
 
     Loading code that renames keys is known only by running it, and run on the module itself it would change it before
-    it finds what is amiss.
+    it finds what is amiss. FSDP1's loads through memory and collectives that a twin has no part in.
     """
+    if any("_fsdp_wrapped_module" in part._modules for part in module.modules()):  # noqa: SLF001
+        return None
     heard: list[Verdict] = []
 
     def listen(*args: Any) -> None:
