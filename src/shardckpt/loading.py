@@ -4,7 +4,8 @@ import io
 import logging
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -174,16 +175,14 @@ class OpenCheckpoint:
         if self.manifest.per_rank and operation.world_size != self.manifest.world_size:
             with turn(operation, "resize", self._patience):
                 per_rank = self._resize(match, map_location, weights_only, stats)
-        with turn(operation, "restore", self._patience):
-            filled = False
-            try:
-                self._fill(match, convert_dtype=convert_dtype, stats=stats, operation=operation)
-                filled = True
-                place()
-            except Exception as error:
-                # What was placed so far may be in new tensors only, which nobody has seen.
-                changed = filled or (stats.placing and bool(match.targets)) or operation.world_size > 1
-                raise _with_safety(error, self.path, changed=changed) from error
+        others_may_have = operation.world_size > 1
+        # What was placed while reading may be in new tensors only, which nobody has seen.
+        reading = _telling(self.path, lambda: (stats.placing and bool(match.targets)) or others_may_have)
+        with turn(operation, "restore", self._patience), reading:
+            self._fill(match, convert_dtype=convert_dtype, stats=stats, operation=operation)
+        # In a turn of its own: a module's loading code may hold collectives, and wait for a rank that could not read.
+        with turn(operation, "place", self._patience), _telling(self.path, lambda: True):
+            place()
         left_on_meta = [name for name, tensor in on_meta if tensor.is_meta]
         if left_on_meta:
             log.warning(
@@ -348,6 +347,15 @@ def _targets(tensors: Any) -> list[Target]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+@contextmanager
+def _telling(path: str, changed: Callable[[], bool]) -> Iterator[None]:
+    """Have what is raised say whether something may have been changed."""
+    try:
+        yield
+    except Exception as error:
+        raise _with_safety(error, path, changed=changed()) from error
 
 
 def _with_safety(error: Exception, path: str, *, changed: bool) -> Exception:

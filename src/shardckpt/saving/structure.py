@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from math import prod
 from typing import Final, NamedTuple
 
 import msgspec
@@ -197,5 +198,6 @@ def bytes_to_stage(flat: Flattened, world_size: int) -> int:
     nbytes = 0
     for leaf in flat.tensors.values():
         held = sum(view.numel() * view.element_size() for view in leaf.views)
-        nbytes += held // world_size if leaf.split else held
+        is_whole = held == prod(leaf.shape) * ITEMSIZE[leaf.dtype]
+        nbytes += held // world_size if leaf.split and is_whole else held
     return nbytes + sum(source.nbytes for source in own_sources(flat))
