@@ -10,9 +10,18 @@ from shardckpt.lightning.plugin import ShardedCheckpointIO
 
 if TYPE_CHECKING:
     ShardedDDPStrategy: Any
+    ShardedFSDPStrategy: Any
+    ShardedModelParallelStrategy: Any
     ShardedSingleDeviceStrategy: Any
 
-__all__ = ["ShardedCheckpointIO", "ShardedDDPStrategy", "ShardedSingleDeviceStrategy", "sharded"]
+__all__ = [
+    "ShardedCheckpointIO",
+    "ShardedDDPStrategy",
+    "ShardedFSDPStrategy",
+    "ShardedModelParallelStrategy",
+    "ShardedSingleDeviceStrategy",
+    "sharded",
+]
 
 from_checkpoint.install()
 model_checkpoint.install()
@@ -22,7 +31,7 @@ def sharded(strategy_class: Any) -> Any:
     """The bound subclass of a strategy class, for those who pass the Trainer or Fabric its strategy themselves.
 
     Raises:
-        UsageError: checkpoints of that strategy do not go through Lightning's ``CheckpointIO``.
+        UsageError: that strategy reads and writes its checkpoints in a way that is not known here.
     """
     from shardckpt.errors import UsageError
     from shardckpt.lightning import strategies
@@ -41,6 +50,6 @@ def sharded(strategy_class: Any) -> Any:
 
 def __getattr__(name: str) -> Any:
     # Looked up late: the strategies of a flavour are a large import, and most users need no class of ours.
-    if name in ("ShardedDDPStrategy", "ShardedSingleDeviceStrategy"):
+    if name in __all__ and name.endswith("Strategy"):
         return sharded(flavours.attribute(flavours.main(), "strategies", name.removeprefix("Sharded")))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ strategies are bound when they are given the plugin (`shardckpt.lightning.fabric
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from shardckpt.lightning import fabric, flavours, from_checkpoint, model_checkpoint, strategies
@@ -40,7 +41,18 @@ def _callbacks(flavour: flavours.Flavour) -> list[Any]:
     flavours.register(ShardedCheckpointIO)
     from_checkpoint.install()
     model_checkpoint.install()
+    flavours.wrap(flavours.attribute(flavour, "trainer.trainer", "Trainer"), "_run", _noting)
     return [_binding_of(flavour)()]
+
+
+def _noting(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def _run(self: Any, *args: Any, weights_only: bool | None = None, **kwargs: Any) -> Any:
+        # Lightning itself does not tell strategies that load a checkpoint after their setup.
+        if _unwrapped(self.strategy) is not None:
+            self.strategy._shardckpt_weights_only = weights_only
+        return stock(self, *args, weights_only=weights_only, **kwargs)
+
+    return _run
 
 
 @functools.cache
@@ -84,8 +96,8 @@ def bind(strategy: Any) -> bool:
         if not strategies.can_bind(type(strategy)):
             log.warning(
                 "%s reads and writes its checkpoints in its own way, so ShardedCheckpointIO cannot have every process"
-                " write a part of them. Strategies for a single device and DDP can be bound, and subclasses of theirs"
-                " that leave save_checkpoint, load_checkpoint and load_{model,optimizer}_state_dict alone.",
+                " write a part of them. Strategies for a single device, DDP, FSDP and ModelParallel can be bound, and"
+                " subclasses of theirs that leave alone how they save and load.",
                 type(strategy).__name__,
             )
             return False

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +45,8 @@ class _Destination(msgspec.Struct):
 class ShardedCheckpointIO(_CheckpointIO):
     """Sharded, asynchronous checkpoints for a Lightning Trainer: ``Trainer(plugins=[ShardedCheckpointIO()])``.
 
-    Under a single device and DDP every process writes a part of each checkpoint while training goes on, and a
-    checkpoint resumes on any number of processes. Ordinary ``.ckpt`` files still load.
+    Under a single device, DDP, FSDP and ModelParallel every process writes a part of each checkpoint while training
+    goes on, and it resumes on any number of processes, under any of these. Ordinary ``.ckpt`` files still load.
 
     Args:
         options: those of `shardckpt.Checkpointer`, passed on as they are: ``storage_options``, ``compression``,
@@ -120,8 +120,8 @@ class ShardedCheckpointIO(_CheckpointIO):
             log.warning(
                 "ShardedCheckpointIO is not bound to this Trainer's strategy, so one of %d processes writes the whole"
                 " checkpoint, and training waits for it. The binding comes from an entry point of the installed"
-                " shardckpt (of a source tree: `pip install -e .`) and covers single-device and DDP strategies; or pass"
-                " Trainer(strategy=shardckpt.lightning.ShardedDDPStrategy()).",
+                " shardckpt (of a source tree: `pip install -e .`) and covers the strategies for a single device, DDP,"
+                " FSDP and ModelParallel; or pass Trainer(strategy=shardckpt.lightning.ShardedDDPStrategy()).",
                 world_size,
             )
         text = checkpoint_path(path)
@@ -272,8 +272,13 @@ class ShardedCheckpointIO(_CheckpointIO):
         if rank == 0:
             model_checkpoint.forget_listing(decision.path, self.options_for(decision.path))
 
-    def load_lazily(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """Read the plain values of a Trainer's checkpoint, on every rank of one save; large tensors when needed."""
+    def load_lazily(
+        self, path: Any, weights_only: bool | None, *, otherwise: Callable[[str], dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        """Read the plain values of a Trainer's checkpoint, on every rank of one save; large tensors when needed.
+
+        ``otherwise`` is how the strategy itself loads what is not ours.
+        """
 
         def decide() -> tuple[str, bool]:
             text, _, is_ordinary = self.found(path)
@@ -283,6 +288,8 @@ class ShardedCheckpointIO(_CheckpointIO):
             "Trainer.load_checkpoint", decide, tuple[str, bool], timeout=self.timeout, before=self.wait
         )
         options = self.options_for(text)
+        if is_ordinary and otherwise is not None:
+            return otherwise(text)
         if is_ordinary:
             return agreement.on_all(
                 "Trainer.read_checkpoint",

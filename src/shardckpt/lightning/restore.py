@@ -12,6 +12,7 @@ from shardckpt.lightning.lazy import LazyDict
 from shardckpt.lightning.snapshot import MODEL, OPTIMIZERS
 from shardckpt.loading import OpenCheckpoint
 from shardckpt.staging import StagingPool
+from shardckpt.state import ModuleState
 from shardckpt.state.leaves import is_uninitialised
 from shardckpt.state.names import child_path, clean_names
 from shardckpt.state.skeleton import child_node, module_entries, optimizer_node
@@ -40,18 +41,18 @@ class Part(LazyDict):
         """Whether this is what the checkpoint has at ``place``, and nobody has looked at it or put it elsewhere."""
         return self.is_untouched and self._place == place
 
-    def check_shapes(self, module: nn.Module) -> None:
+    def check_shapes(self, live: ModuleState) -> None:
         """Raise StateMismatchError if a tensor has another shape in the checkpoint, which torch never lets pass."""
         assert self._opened is not None, "a part that was not looked at knows where it lies"
-        state_dict = module.state_dict()
+        module, state_dict = live
         lines = []
         for raw, name in clean_names(module, list(state_dict)).items():
             full = child_path(".".join(map(str, self._place)), name)
-            live, saved = state_dict[raw], self._opened.manifest.resolve(full)
-            if saved is None or not isinstance(live, Tensor) or is_uninitialised(live):
+            tensor, saved = state_dict[raw], self._opened.manifest.resolve(full)
+            if saved is None or not isinstance(tensor, Tensor) or is_uninitialised(tensor):
                 continue
-            if tuple(live.shape) != tuple(saved.shape):
-                lines.append(f"  {full}: {tuple(live.shape)} here, {tuple(saved.shape)} in the checkpoint")
+            if tuple(tensor.shape) != tuple(saved.shape):
+                lines.append(f"  {full}: {tuple(tensor.shape)} here, {tuple(saved.shape)} in the checkpoint")
         if lines:
             raise StateMismatchError(
                 f"size mismatch between the model and {self._opened.path}, and nothing has been changed:\n"

@@ -1,8 +1,9 @@
 """From the dict that Lightning wants saved to the state that the engine takes: who holds what, and what changed since.
 
 Under DDP every rank has the same dict. Its model and optimizer states are replicated, so they become `ModuleState` and
-`OptimizerState` and each rank writes a part of them. Everything else is rank 0's word alone, as it is in stock
-Lightning, but for what a hook marked with `PerRank`: a callback's tensors may well have another shape on another rank.
+`OptimizerState` and each rank writes a part of them. Where they are sharded, each rank writes what it has, as it does
+of every distributed tensor. Everything else is rank 0's word alone, as it is in stock Lightning, but for what a hook
+marked with `PerRank`: a callback's tensors may well have another shape on another rank.
 """
 
 from collections.abc import Hashable, Iterator, Mapping
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from shardckpt.lightning.lazy import plain
 from shardckpt.state import ModuleState, OptimizerState, PerRank, Share
+from shardckpt.state.leaves import is_distributed, local_parts
+from shardckpt.state.names import clean_names, clean_parameters
 from shardckpt.state.skeleton import MAX_DEPTH
-from shardckpt.state.values import is_plain_dict
 
 MODEL: Final = "state_dict"
 OPTIMIZERS: Final = "optimizer_states"
@@ -34,16 +36,16 @@ class Produced:
     """
 
     def __init__(self) -> None:
-        self._module: tuple[nn.Module, Mapping[str, Any]] | None = None
-        self._optimizers: list[tuple[torch.optim.Optimizer, Mapping[str, Any]]] = []
+        self._module: ModuleState | None = None
+        self._optimizers: list[OptimizerState] = []
 
-    def module(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-        """Note the model's state dict: the first thing that Lightning asks for, so older notes are void."""
-        self._module = (module, state_dict)
+    def module(self, state: ModuleState) -> None:
+        """Note the model's state: the first thing that Lightning asks for, so older notes are void."""
+        self._module = state
         self._optimizers = []
 
-    def optimizer(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-        self._optimizers.append((optimizer, state_dict))
+    def optimizer(self, state: OptimizerState) -> None:
+        self._optimizers.append(state)
 
     def forget(self) -> None:
         self._module = None
@@ -51,23 +53,25 @@ class Produced:
 
     def module_state(self, value: Any) -> ModuleState | None:
         """``value`` as the model's state, if it is what the strategy made and still shows the live parameters."""
-        if self._module is None or self._module[1] is not value:
+        if self._module is None or self._module.state_dict is not value:
             return None
-        module, state_dict = self._module
-        live = dict(module.named_parameters(remove_duplicate=False))
-        if all(_shows(state_dict[name], parameter) for name, parameter in live.items() if name in state_dict):
-            return ModuleState(module, state_dict)
+        names = clean_names(self._module.module, list(value))
+        live = clean_parameters(self._module.module)
+        if all(_shows(value[raw], live[name]) for raw, name in names.items() if name in live):
+            return self._module
         return None
 
     def optimizer_state(self, value: Any) -> OptimizerState | None:
         """``value`` as an optimizer's state, if it is what the strategy made, with equal contents on every rank."""
-        for optimizer, state_dict in self._optimizers:
-            if state_dict is value and self._module is not None and not hasattr(optimizer, "consolidate_state_dict"):
-                return OptimizerState(optimizer, state_dict, {MODEL: self._module[0]})
+        for state in self._optimizers:
+            if state.state_dict is value and not hasattr(state.optimizer, "consolidate_state_dict"):
+                return state
         return None
 
 
 def _shows(value: Any, parameter: Tensor) -> bool:
+    if is_distributed(value):  # it says itself what it is, whatever memory it is in
+        return True
     if not isinstance(value, Tensor) or value.shape != parameter.shape or value.dtype != parameter.dtype:
         return False
     try:
@@ -105,43 +109,59 @@ def layout_of(state: Mapping[str, Any]) -> Layout:
 
 
 def share_of(state: Mapping[str, Any], layout: Layout, *, with_buffers: bool) -> Share:
-    """What a rank other than 0 contributes: the replicated tensors of the live states, where rank 0 has them too.
+    """What a rank other than 0 contributes: its part of distributed tensors, wherever they are, and of the live states.
 
-    Buffers come from rank 0, unless the user declared them equal on all ranks (``with_buffers``). And whatever is
-    marked with `PerRank`, wherever it is.
+    Of those, whose ``layout`` rank 0 has told, come the parameters and all that belongs to the optimizers. Buffers come
+    from rank 0, unless the user declared them equal on all ranks (``with_buffers``). And whatever is marked with
+    `PerRank`, wherever it is.
     """
     share = Share()
-    for key, indices in layout.items():
-        value = state.get(key)
-        if indices is None and isinstance(value, ModuleState):
-            kept = {name for name, _ in value.module.named_parameters(remove_duplicate=False)}
-            if with_buffers:
-                kept |= {name for name, _ in value.module.named_buffers(remove_duplicate=False)}
-            kept |= {name for name, item in value.state_dict.items() if isinstance(item, PerRank)}
-            share[key] = value._replace(state_dict={k: v for k, v in value.state_dict.items() if k in kept})
-        elif indices is not None and isinstance(value, list):
-            share[key] = [
-                item if index in indices and isinstance(item, OptimizerState) else None
+    for key, value in state.items():
+        part: Any = None
+        if key in layout and isinstance(value, ModuleState):
+            part = value._replace(state_dict=_own(value, with_buffers=with_buffers))
+        elif isinstance(value, list):
+            live = layout.get(key) or []
+            items = [
+                item if index in live and isinstance(item, OptimizerState) else _own_parts(item)
                 for index, item in enumerate(value)
             ]
-    for key, value in state.items():
-        if key not in layout and (own := _own_values(value)) is not None:
-            share[key] = own
+            part = items if any(item is not None for item in items) else None
+        else:
+            part = _own_parts(value)
+        if part is not None:
+            share[key] = part
     return share
 
 
-def _own_values(value: Any, depth: int = 0) -> Any:
-    """The containers of ``value`` with nothing but each `PerRank` in them; None where there is none."""
-    if isinstance(value, PerRank):
+def _own(model: ModuleState, *, with_buffers: bool) -> dict[str, Any]:
+    kept = set(clean_parameters(model.module))
+    if with_buffers:
+        buffers = [name for name, _ in model.module.named_buffers(remove_duplicate=False)]
+        kept |= set(clean_names(model.module, buffers).values())
+    names = clean_names(model.module, list(model.state_dict))
+    return {k: v for k, v in model.state_dict.items() if names[k] in kept or is_own_parts(v)}
+
+
+def _is_own(value: Any) -> bool:
+    """Whether a value is a part of something, the rest of which other ranks have, or differs by rank on purpose."""
+    return isinstance(value, PerRank) or is_distributed(value)
+
+
+def _own_parts(value: Any, depth: int = 0) -> Any:
+    """What is every rank's to contribute, in the nested containers that it stands in; None where there is nothing."""
+    if isinstance(value, (ModuleState, OptimizerState)):
+        return _own_parts(value.state_dict, depth)
+    if is_own_parts(value):
         return value
-    if depth > MAX_DEPTH:  # rank 0 refuses what goes deeper, and says so
+    if depth > MAX_DEPTH:  # the engine refuses what goes deeper, or contains itself, and says so
         return None
-    if is_plain_dict(value):
-        found = {key: own for key, item in value.items() if (own := _own_values(item, depth + 1)) is not None}
-        return found or None
+    if isinstance(value, Mapping):
+        parts = {key: _own_parts(item, depth + 1) for key, item in value.items()}
+        return {key: part for key, part in parts.items() if part is not None} or None
     if type(value) in (list, tuple):
-        items = [_own_values(item, depth + 1) for item in value]
-        return None if all(item is None for item in items) else items
+        items = [_own_parts(item, depth + 1) for item in value]
+        return items if any(item is not None for item in items) else None
     return None
 
 
@@ -150,11 +170,12 @@ def fingerprint(checkpoint: Mapping[str, Any], position: Hashable) -> Hashable |
 
     What is looked at: ``position`` (how far training is), each tensor's place in memory and version counter, and,
     because fused optimizers and ``.data`` bump no counter, a sample of its contents; of small ones the whole contents.
+    The place is left out where this rank has a part of a tensor, which FSDP1 copies anew each time it is asked.
     Equal values are no proof: a few elements may have been written behind torch's back.
     """
     seen = xxhash.xxh3_128()
     elsewhere: list[Tensor] = []
-    for path, leaf in _leaves(checkpoint, ()):
+    for path, leaf, place in _leaves(checkpoint, ()):
         if not isinstance(leaf, Tensor):
             seen.update(repr((path, leaf.dtype, leaf.shape)).encode())
             seen.update(leaf.tobytes())
@@ -166,7 +187,7 @@ def fingerprint(checkpoint: Mapping[str, Any], position: Hashable) -> Hashable |
         if leaf.device.type == "cpu" and leaf.nbytes <= _WHOLE_BYTES:
             seen.update(_bytes(leaf))
             continue
-        seen.update(repr((leaf.data_ptr(), None if leaf.is_inference() else leaf._version)).encode())
+        seen.update(repr((place and leaf.data_ptr(), None if leaf.is_inference() else leaf._version)).encode())
         sample = _sample(leaf)
         if leaf.device.type == "cpu":
             seen.update(_bytes(sample))
@@ -180,10 +201,13 @@ def fingerprint(checkpoint: Mapping[str, Any], position: Hashable) -> Hashable |
     return (position, seen.digest())
 
 
-def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The tensors and numpy arrays of nested containers, each with its place."""
-    if isinstance(value, Tensor) or (type(value).__module__ == "numpy" and hasattr(value, "tobytes")):
-        yield path, value
+def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any, bool]]:
+    """The tensors on this rank and numpy arrays of nested containers, with their paths, and whether they stay there."""
+    if is_distributed(value):
+        for part in local_parts(value):
+            yield path, part, False
+    elif isinstance(value, Tensor) or (type(value).__module__ == "numpy" and hasattr(value, "tobytes")):
+        yield path, value, True
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, (*path, key))

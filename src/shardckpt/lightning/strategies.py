@@ -12,29 +12,43 @@ from typing import Any, Final
 
 import torch
 
-from shardckpt.lightning import agreement, flavours
+from shardckpt.lightning import agreement, flavours, live_state
+from shardckpt.lightning.live_state import LiveState, WholeState
 from shardckpt.lightning.plugin import ShardedCheckpointIO
 from shardckpt.lightning.restore import Part
 from shardckpt.lightning.sharing import Running
 from shardckpt.lightning.snapshot import MODEL, OPTIMIZERS, Produced
-from shardckpt.state import OptimizerState
 
 log = logging.getLogger(__name__)
 
 _STANDARD: Final = ("save_checkpoint", "load_checkpoint", "load_model_state_dict", "load_optimizer_state_dict")
-"""What a strategy must have left as Lightning's base class has it, for the binding to know what it replaces."""
+"""What a strategy must have left as Lightning has it, for the binding to know what it replaces."""
+_PRODUCING: Final = ("lightning_module_state_dict", "optimizer_state")
+"""And one that shards its state these too."""
 
 
 def can_bind(strategy_class: Any) -> bool:
-    """Whether checkpoints of this strategy class go through ``CheckpointIO`` the standard way, as those of DDP do.
+    """Whether it is known how this strategy class saves and loads: through ``CheckpointIO``, as DDP, or FSDP's way.
 
-    FSDP, ModelParallel, DeepSpeed and XLA write theirs by other ways, and so may a user's subclass.
+    DeepSpeed and XLA have other ways, and so may a user's subclass.
     """
     flavour = next((flavour for flavour in flavours.loaded() if flavour.defines(strategy_class)), None)
     if flavour is None:
         return False
-    base = flavours.attribute(flavour, "strategies", "Strategy")
-    return all(getattr(strategy_class, name) is getattr(base, name) for name in _STANDARD)
+    kind = _sharding_of(strategy_class)
+    base = flavours.attribute(flavour, "strategies", kind or "Strategy")
+    return all(
+        getattr(strategy_class, name) is getattr(base, name) for name in _STANDARD + (_PRODUCING if kind else ())
+    )
+
+
+def _sharding_of(strategy_class: Any) -> str | None:
+    """The name of Lightning's strategy that shards state which a class is or derives from; None where there is none."""
+    for flavour in filter(flavours.Flavour.is_loaded, flavours.ALL):
+        for name in live_state.SHARDED:
+            if issubclass(strategy_class, flavours.attribute(flavour, "strategies", name)):
+                return name
+    return None
 
 
 def is_bound(strategy_class: Any) -> bool:
@@ -49,12 +63,11 @@ def plugin_of(strategy: Any) -> ShardedCheckpointIO | None:
 
 def prepare(strategy: Any) -> None:
     """Warm the memory that this rank's part of a checkpoint takes, beside training: the first save is fast then too."""
-    plugin, module = plugin_of(strategy), strategy.lightning_module
+    plugin = plugin_of(strategy)
     if plugin is None:
         return
     try:
-        states = [OptimizerState(o, o.state_dict(), {MODEL: module}) for o in strategy.optimizers]
-        plugin.checkpointer.prepare({MODEL: module, OPTIMIZERS: states})
+        plugin.checkpointer.prepare(strategy._shardckpt_live.memory())
     except Exception as error:  # noqa: BLE001 - training must not end for want of a warm-up
         # A hook may yet take out what cannot be saved; if none does, the save says so.
         log.debug("memory for checkpoints is not warmed: %s", error)
@@ -69,9 +82,14 @@ def sharded(base: Any) -> Any:
     flavour = next(flavour for flavour in flavours.ALL if flavour.defines(base))
     lightning_optimizer = flavours.attribute(flavour, "core.optimizer", "LightningOptimizer")
     to_device = flavour.fabric_module("utilities.optimizer")._optimizer_to_device
+    live_kind = live_state.SHARDED.get(_sharding_of(base) or "", WholeState)
 
     class Bound(base):  # type: ignore[misc]  # the base is known when it runs, not before
         _shardckpt_bound = True
+        _shardckpt_fitting = False
+        _shardckpt_weights_only: bool | None = None
+        _shardckpt_reading = live_kind is WholeState
+        """Whether what is loaded goes through the plugin, and not through what this strategy has of its own."""
 
         @property
         def checkpoint_io(self) -> Any:
@@ -89,6 +107,10 @@ def sharded(base: Any) -> Any:
                 self._shardckpt_notes = Produced()
             return self._shardckpt_notes
 
+        @property
+        def _shardckpt_live(self) -> LiveState:
+            return (WholeState if plugin_of(self) is None else live_kind)(self, super())
+
         # -- saving
 
         def setup(self, trainer: Any) -> None:
@@ -96,15 +118,15 @@ def sharded(base: Any) -> Any:
             self._shardckpt_fitting = trainer.state.fn == "fit"
 
         def lightning_module_state_dict(self) -> Any:
-            state_dict = super().lightning_module_state_dict()
-            self._shardckpt_produced.module(self.lightning_module, state_dict)
-            return state_dict
+            state = self._shardckpt_live.model_to_save()
+            self._shardckpt_produced.module(state)
+            return state.state_dict
 
         def optimizer_state(self, optimizer: Any) -> Any:
-            state_dict = super().optimizer_state(optimizer)
             wrapped = isinstance(optimizer, lightning_optimizer)
-            self._shardckpt_produced.optimizer(optimizer.optimizer if wrapped else optimizer, state_dict)
-            return state_dict
+            state = self._shardckpt_live.optimizer_to_save(optimizer.optimizer if wrapped else optimizer)
+            self._shardckpt_produced.optimizer(state)
+            return state.state_dict
 
         def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any | None = None) -> None:
             plugin = plugin_of(self)
@@ -125,42 +147,65 @@ def sharded(base: Any) -> Any:
             ones are found later, here as well.
             """
             plugin = plugin_of(self)
+            stock = super().load_checkpoint
             if plugin is None:
-                return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-            return plugin.load_lazily(checkpoint_path, weights_only)
+                return stock(checkpoint_path, weights_only=weights_only)
+            if weights_only is None:  # Lightning drops it on the way to strategies that load after their setup
+                weights_only = self._shardckpt_weights_only
+
+            def itself(path: str) -> Any:
+                self._shardckpt_reading = False
+                return stock(path, weights_only=weights_only)
+
+            self._shardckpt_reading = True
+            otherwise = None if live_kind is WholeState else itself
+            return plugin.load_lazily(checkpoint_path, weights_only, otherwise=otherwise)
+
+        @property
+        def lightning_restore_optimizer(self) -> bool:
+            """True too where a strategy that would load its optimizers with its model has left them to the plugin."""
+            return super().lightning_restore_optimizer or self._shardckpt_reading
 
         def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-            part, module = checkpoint[MODEL], self.lightning_module
+            if not self._shardckpt_reading:
+                super().load_model_state_dict(checkpoint, strict=strict)
+                return
+            part, live = checkpoint[MODEL], self._shardckpt_live
             # A module that overrides this is shown the whole dict and decides by itself what it takes.
-            plain = type(module).load_state_dict is torch.nn.Module.load_state_dict
+            plain = type(self.lightning_module).load_state_dict is torch.nn.Module.load_state_dict
+            target = live.model_to_restore()
 
             def is_ours() -> bool:
                 untouched = plain and isinstance(part, Part) and part.is_still(MODEL)
                 if untouched and not strict:
-                    part.check_shapes(module)
+                    part.check_shapes(target)
                 return untouched
 
             if _all_agree(self, "Trainer.load_model", is_ours):
-                part.restore({MODEL: module}, strict=strict)
+                with live.restoring():
+                    part.restore({MODEL: target}, strict=strict)
             else:
-                super().load_model_state_dict(checkpoint, strict=strict)
+                live.load_model(checkpoint, strict)
 
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-            parts = checkpoint[OPTIMIZERS]
+            if not self._shardckpt_reading:
+                super().load_optimizer_state_dict(checkpoint)
+                return
+            parts, live = checkpoint[OPTIMIZERS], self._shardckpt_live
+            targets = live.optimizers_to_restore()
 
             def is_ours() -> bool:
-                counts = len(parts) == len(self.optimizers)
-                return counts and all(map(_is_plain, parts, range(len(parts)), self.optimizers))
+                counts = len(parts) == len(targets)
+                return counts and all(map(_is_plain, parts, range(len(parts)), (t.optimizer for t in targets)))
 
             if _all_agree(self, "Trainer.load_optimizers", is_ours):
-                modules = {MODEL: self.lightning_module}
-                states = [OptimizerState(optimizer, {}, modules) for optimizer in self.optimizers]
-                if parts:
-                    parts[0].restore({OPTIMIZERS: states}, strict=True)
-                for optimizer in self.optimizers:
-                    to_device(optimizer, self.root_device)
+                with live.restoring():
+                    if parts:
+                        parts[0].restore({OPTIMIZERS: targets}, strict=True)
             else:
-                super().load_optimizer_state_dict(checkpoint)
+                live.load_optimizers(checkpoint)
+            for optimizer in self.optimizers:
+                to_device(optimizer, self.root_device)
 
         # -- the rest
 
@@ -176,7 +221,7 @@ def sharded(base: Any) -> Any:
 
         def __getstate__(self) -> dict[str, Any]:
             state: dict[str, Any] = super().__getstate__()
-            return {key: value for key, value in state.items() if key not in ("_shardckpt_notes", "_shardckpt_fitting")}
+            return {key: value for key, value in state.items() if not key.startswith("_shardckpt_")}
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             # The class exists in no module, so a pickle names the class that it was made from.
@@ -225,7 +270,7 @@ def _running(strategy: Any, path: Any) -> Running:
     trainer = _trainer(strategy)
     # Between the strategy's setup and its teardown of a fit somebody waits for the save later. SLURM's handler, which
     # alone uses this name, has the job killed as soon as the call returns.
-    waited_for = vars(strategy).get("_shardckpt_fitting", False) and _status(trainer) == "running"
+    waited_for = strategy._shardckpt_fitting and _status(trainer) == "running"
     interrupted = _status(trainer) == "interrupted"
     at_once = os.path.basename(str(path)).startswith("hpc_ckpt_")
     progress = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
