@@ -1,4 +1,4 @@
-"""Runs `ddp_worker.py` as the ranks of one job, and says what came of each of its cases."""
+"""Runs `ddp_worker.py`, or a script like it, as the ranks of one job, and says what came of each of its cases."""
 
 import json
 import os
@@ -49,6 +49,7 @@ def run(
     *,
     environment: Mapping[str, str] | None = None,
     seconds: float = 100,
+    worker: str = "ddp_worker.py",
 ) -> Outcomes:
     """Run ``cases`` one after another on ``world_size`` processes; all are dead when it returns."""
     with socket.socket() as free:
@@ -67,7 +68,7 @@ def run(
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        command = [sys.executable, str(HERE / "ddp_worker.py"), flavour, str(folder), *cases]
+        command = [sys.executable, str(HERE / worker), flavour, str(folder), *cases]
         with log.open("w") as out:
             processes.append(
                 subprocess.Popen(command, env=os.environ | known | dict(environment or {}), stdout=out, stderr=out)

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -342,17 +342,21 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
-def main() -> None:
+def main(cases: Mapping[str, Callable[..., Any]] = CASES, prepare: Callable[[Any, Path], None] | None = None) -> None:
+    """Run the cases that the command line names; ``prepare`` gets the flavour's package and the folder first."""
     global L, Toy, FOLDER
     flavour, folder, *names = sys.argv[1:]
     warnings.simplefilter("ignore")
     L, FOLDER = toy.package(flavour), Path(folder)
     Toy = toy.module_class(L)
+    if prepare is not None:
+        prepare(L, FOLDER)
     for name in names:
         report = report_path(FOLDER, name, WORLD, RANK)
         started = time.monotonic()
+        case, *arguments = name.split(":")
         try:
-            answer: dict[str, Any] = {"result": CASES[name]()}
+            answer: dict[str, Any] = {"result": cases[case](*arguments)}
         except BaseException:  # noqa: BLE001 - the report is how the test hears of it
             answer = {"error": traceback.format_exc()}
         report.write_text(json.dumps(answer))

@@ -194,11 +194,16 @@ def test_the_plugin_is_one_for_both_flavours(io: ShardedCheckpointIO) -> None:
 
 def test_bound_strategies_can_be_named(lightning: Any, Toy: Any, tmp_path: Path) -> None:
     """Who passes the Trainer its strategy can pass a bound one, which brings the plugin, and copies to its like."""
+    from shardckpt import lightning as ours
     from shardckpt.lightning import ShardedDDPStrategy, ShardedSingleDeviceStrategy, sharded
 
     assert sharded(lightning.strategies.DDPStrategy) is ShardedDDPStrategy is sharded(ShardedDDPStrategy)
-    with pytest.raises(UsageError, match="FSDPStrategy"):
-        sharded(lightning.strategies.FSDPStrategy)
+    for name in ("FSDPStrategy", "ModelParallelStrategy"):
+        bound = getattr(ours, f"Sharded{name}")
+        assert bound is sharded(getattr(lightning.strategies, name))
+        assert isinstance(bound().checkpoint_io, ShardedCheckpointIO)
+    with pytest.raises(UsageError, match="DeepSpeedStrategy"):
+        sharded(lightning.strategies.DeepSpeedStrategy)
     strategy = ShardedSingleDeviceStrategy()
     run = toy.trainer(lightning, tmp_path, checkpoint={"filename": "a"}, strategy=strategy, plugins=[], max_epochs=1)
     run.fit(Toy(), toy.loader())
@@ -216,7 +221,13 @@ def test_a_strategy_with_its_own_saving_is_left_alone(lightning: Any, caplog: An
         def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             raise AssertionError
 
-    strategy = Own(checkpoint_io=ShardedCheckpointIO())
-    assert not binding.bind(strategy)
-    assert type(strategy) is Own
+    class Gathering(lightning.strategies.FSDPStrategy):  # type: ignore[misc]
+        def lightning_module_state_dict(self) -> Any:
+            raise AssertionError
+
+    for kind in (Gathering, Own):
+        strategy = kind(checkpoint_io=ShardedCheckpointIO())
+        assert not binding.bind(strategy)
+        assert type(strategy) is kind
+    assert "Gathering reads and writes its checkpoints in its own way" in caplog.text
     assert "Own reads and writes its checkpoints in its own way" in caplog.text

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import nn
 
@@ -162,6 +163,12 @@ def recorder(lightning: Any) -> Any:
 
 def shards(checkpoint: Path) -> list[Path]:
     return sorted(checkpoint.glob("rank-*.safetensors"))
+
+
+def tensors(shard: Path) -> list[str]:
+    """The names of the entries of a shard."""
+    with safetensors.safe_open(shard, "pt") as opened:
+        return list(opened.keys())
 
 
 def complete(folder: Path) -> set[str]:
