@@ -152,6 +152,14 @@ class FlatState:
         return self.model_to_save()
 
     def optimizer_to_save(self, optimizer: Optimizer) -> OptimizerState:
+        return self._unflattened(optimizer, {})
+
+    def optimizers_to_restore(self) -> list[OptimizerState]:
+        parameters = self.model_to_save().state_dict
+        return [self._unflattened(optimizer, parameters) for optimizer in self._optimizers]
+
+    def _unflattened(self, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> OptimizerState:
+        """An optimizer's state, and one that stands for it, of those of the model's ``parameters`` that are given."""
         with self.restoring():
             state_dict = FullyShardedDataParallel.optim_state_dict(self._model, optimizer)
         for values in state_dict["state"].values():
@@ -159,16 +167,9 @@ class FlatState:
                 if isinstance(value, Tensor) and not value.shape:
                     # The parameters of one flat parameter share its step counter, which each must have for itself.
                     values[key] = value.clone()
-        return OptimizerState(optimizer, state_dict, {}, _names_in(state_dict))
-
-    def optimizers_to_restore(self) -> list[OptimizerState]:
-        parameters = self.model_to_save().state_dict
-        found = []
-        for optimizer in self._optimizers:
-            saved = self.optimizer_to_save(optimizer)
-            stand_in = _Unflattened(self._model, optimizer, saved.state_dict["param_groups"], parameters)
-            found.append(OptimizerState(stand_in, {}, {}, saved.names))
-        return found
+        groups = state_dict["param_groups"]
+        stand_in = _Unflattened(self._model, optimizer, groups, parameters)
+        return OptimizerState(stand_in, state_dict, {}, [[f"{MODEL}.{n}" for n in group["params"]] for group in groups])
 
     def load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         with self._whole():
@@ -207,7 +208,7 @@ class _Unflattened(Optimizer):
         self._names: list[list[str]] = [group["params"] for group in groups]
         self.state = {}  # type: ignore[assignment]
         self.param_groups = [
-            group | {"params": [parameters[name] for name in names]}
+            group | {"params": [parameters.get(name) for name in names]}
             for group, names in zip(groups, self._names, strict=True)
         ]
 
@@ -225,10 +226,6 @@ class _Unflattened(Optimizer):
             self._model, self._flat, {"state": named, "param_groups": groups}
         )
         self._flat.load_state_dict(flat)
-
-
-def _names_in(state_dict: Mapping[str, Any]) -> list[list[str]]:
-    return [[f"{MODEL}.{name}" for name in group["params"]] for group in state_dict["param_groups"]]
 
 
 def _part_of(whole: Any, like: Any) -> Any:

@@ -70,7 +70,7 @@ def is_distributed(value: Any) -> bool:
 
 def local_parts(tensor: Tensor) -> list[Tensor]:
     """The memory on this rank of a tensor for which `is_distributed` is true."""
-    return [tensor.to_local()] if isinstance(tensor, DTensor) else _sharded_tensor_parts(tensor)[1]
+    return [tensor.to_local()] if isinstance(tensor, DTensor) else [shard.tensor for shard in tensor.local_shards()]  # type: ignore[attr-defined]
 
 
 def _is_sharded_tensor(value: Any) -> bool:
