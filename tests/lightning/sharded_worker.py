@@ -1,6 +1,6 @@
 """One rank of a job under strategies that shard their state: ``sharded_worker.py <flavour> <folder> <case>...``.
 
-Started by `ddp_job.run`. A case may take one argument, after a colon.
+Started by `ddp_job.run`. Arguments of a case follow it after colons.
 """
 
 import logging
@@ -179,10 +179,10 @@ def write(kind: str) -> Any:
     return trainer.record.end, type(trainer.strategy).__name__
 
 
-def resume(kind: str) -> Any:
-    """Resume everything that was written under any strategy, and go on."""
+def resume(kind: str, source: str = "*") -> Any:
+    """Resume everything that was written under any strategy, or under one, and go on."""
     found = {}
-    for path in sorted((FOLDER / "written").glob("*.ckpt")):
+    for path in sorted((FOLDER / "written").glob(f"{source}.ckpt")):
         trainer = fit(kind, FOLDER / "resumed", ckpt_path=path, max_epochs=2, limit_train_batches=2)
         found[path.stem] = [trainer.record.start, trainer.record.position, trainer.current_epoch]
     return found

@@ -5,6 +5,7 @@ goes by its parameters' names. So every strategy saves its state as it is, and w
 into it. Stock Lightning gathers a sharded state first, or hands it to DCP.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Protocol
@@ -99,8 +100,10 @@ class DTensorState(WholeState):
         return OptimizerState(optimizer, optimizer.state_dict(), {MODEL: self._module})
 
     def load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
-        live = self._module.state_dict()
-        parts = {name: _part_of(value, live.get(name)) for name, value in checkpoint[MODEL].items()}
+        live, whole = self._module.state_dict(), checkpoint[MODEL]
+        parts = OrderedDict((name, _part_of(value, live.get(name))) for name, value in whole.items())
+        if hasattr(whole, "_metadata"):
+            parts._metadata = whole._metadata  # type: ignore[attr-defined]
         self._module.load_state_dict(parts, strict=strict)
 
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
@@ -173,7 +176,7 @@ class FlatState:
 
     def load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         with self._whole():
-            self._model.load_state_dict(dict(checkpoint[MODEL]), strict=strict)
+            self._model.load_state_dict(checkpoint[MODEL], strict=strict)
 
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         targets = self.optimizers_to_restore()
