@@ -361,20 +361,22 @@ class Unlisted:
 
 def unreadable(kind: str) -> Any:
     """One rank cannot read its part: all hear of it, and none waits in a collective for the other."""
-    read = loading.read_targets
+    read = loading.read_together
 
-    def refusing(manifest: Any, storage: Any, targets: Any, **options: Any) -> Any:
-        if RANK == 1 and any(target.fqn.startswith("state_dict.") for target in targets):
+    def refusing(manifest: Any, storage: Any, targets: Any, *, operation: Any, **options: Any) -> Any:
+        def gone() -> Any:
             raise OSError(5, "the disk of this node is gone")
-        return read(manifest, storage, targets, **options)
 
-    loading.read_targets = refusing
+        is_refused = RANK == 1 and operation.world_size > 1  # plain values have been read before, by each rank alone
+        return read(manifest, storage, gone if is_refused else targets, operation=operation, **options)
+
+    loading.read_together = refusing
     try:
         fit(kind, FOLDER, ckpt_path=FOLDER / "written" / f"{kind}.ckpt", max_epochs=2)
     except shardckpt.ShardckptError as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        loading.read_targets = read
+        loading.read_together = read
     return "nothing was raised"
 
 

@@ -124,8 +124,8 @@ class ForeignPart(Part):
             self.directory = directory
             self.read_with(lambda: directory.value(source) or {})
 
-    def check_shapes(self, module: nn.Module | ModuleState) -> None:
-        _module(self.directory, self.source, module, strict=False)
+    def check_shapes(self, live: nn.Module | ModuleState) -> None:
+        _module(self.directory, self.source, live, strict=False)
 
     def fits(self, optimizer: Optimizer) -> bool:
         return True  # whether it does depends on the parameters' names: `restore` judges

@@ -41,10 +41,10 @@ class Part(LazyDict):
         """Whether this is what the checkpoint has at ``place``, and nobody has looked at it or put it elsewhere."""
         return self.is_untouched and self._place == place
 
-    def check_shapes(self, live: ModuleState) -> None:
+    def check_shapes(self, live: nn.Module | ModuleState) -> None:
         """Raise StateMismatchError if a tensor has another shape in the checkpoint, which torch never lets pass."""
         assert self._opened is not None, "a part that was not looked at knows where it lies"
-        module, state_dict = live
+        module, state_dict = live if isinstance(live, ModuleState) else (live, live.state_dict())
         lines = []
         for raw, name in clean_names(module, list(state_dict)).items():
             full = child_path(".".join(map(str, self._place)), name)

@@ -140,7 +140,7 @@ def _own(model: ModuleState, *, with_buffers: bool) -> dict[str, Any]:
         buffers = [name for name, _ in model.module.named_buffers(remove_duplicate=False)]
         kept |= set(clean_names(model.module, buffers).values())
     names = clean_names(model.module, list(model.state_dict))
-    return {k: v for k, v in model.state_dict.items() if names[k] in kept or is_own_parts(v)}
+    return {k: v for k, v in model.state_dict.items() if names[k] in kept or _is_own(v)}
 
 
 def _is_own(value: Any) -> bool:
@@ -152,7 +152,7 @@ def _own_parts(value: Any, depth: int = 0) -> Any:
     """What is every rank's to contribute, in the nested containers that it stands in; None where there is nothing."""
     if isinstance(value, (ModuleState, OptimizerState)):
         return _own_parts(value.state_dict, depth)
-    if is_own_parts(value):
+    if _is_own(value):
         return value
     if depth > MAX_DEPTH:  # the engine refuses what goes deeper, or contains itself, and says so
         return None

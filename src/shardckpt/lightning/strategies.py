@@ -185,6 +185,8 @@ def sharded(base: Any) -> Any:
                 with live.restoring():
                     part.restore({MODEL: target}, strict=strict)
             else:
+                # Read what is not read yet where a rank that cannot keeps no other waiting in a collective.
+                _all_agree(self, "Trainer.read_model", lambda: bool(part))
                 live.load_model(checkpoint, strict)
 
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -203,6 +205,7 @@ def sharded(base: Any) -> Any:
                     if parts:
                         parts[0].restore({OPTIMIZERS: targets}, strict=True)
             else:
+                _all_agree(self, "Trainer.read_optimizers", lambda: all(map(bool, parts)))
                 live.load_optimizers(checkpoint)
             for optimizer in self.optimizers:
                 to_device(optimizer, self.root_device)
