@@ -116,8 +116,8 @@ def job() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any], Produced]:
         "callbacks": {"x": {"best": torch.tensor(1.0), "seen": np.arange(3)}},
         "epoch": 1,
     }
-    produced.module(module, checkpoint["state_dict"])
-    produced.optimizer(optimizer, checkpoint["optimizer_states"][0])
+    produced.module(ModuleState(module, checkpoint["state_dict"]))
+    produced.optimizer(OptimizerState(optimizer, checkpoint["optimizer_states"][0], {"state_dict": module}))
     return module, optimizer, checkpoint, produced
 
 
