@@ -34,6 +34,8 @@ def why_not(live: Tensor) -> str | None:
 
 def like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for a tensor like ``tensor``, which for one on the meta device is on its mesh's devices or the CPU."""
+    if not is_meta(tensor):  # a ShardedTensor has no choice of device
+        return torch.empty_like(tensor.detach(), dtype=dtype)
     return torch.empty_like(tensor.detach(), dtype=dtype, device=host_of(tensor))
 
 
