@@ -100,6 +100,12 @@ def test_parameter_names_of_shared_and_nested_modules():
     assert len(set(names.values())) == len(names) == 6
 
 
+def optimizer(*options, params):
+    """The node of an optimizer without state; the names of each group's parameters are separated by spaces."""
+    groups = [{"params": names.split(), "options": own} for names, own in zip(params, options, strict=True)]
+    return {"$optimizer": {"state": {}, "param_groups": groups}}
+
+
 @pytest.mark.parametrize(
     ("first", "second", "merged"),
     [
@@ -115,10 +121,25 @@ def test_parameter_names_of_shared_and_nested_modules():
         ({"$int": "1"}, {"$float": "nan"}, {"$int": "1"}),
         (
             {"$optimizer": {"state": {"a": {}}, "param_groups": [{"params": ["a"], "options": {"lr": 1}}]}},
-            {"$optimizer": {"state": {"b": {}}, "param_groups": [{"params": ["b"], "options": {"lr": 2}}]}},
+            {"$optimizer": {"state": {"b": {}}, "param_groups": [{"params": ["b"], "options": {"lr": 1}}]}},
             {"$optimizer": {"state": {"a": {}, "b": {}}, "param_groups": [
                 {"params": ["a", "b"], "options": {"lr": 1}}
             ]}},
+        ),
+        (
+            optimizer({"lr": 1}, {"lr": 2}, {"lr": 2}, params=["a", "b", "c"]),
+            optimizer({"lr": 2}, {"lr": 1}, {"lr": 2}, {"lr": 3}, params=["d", "e", "f", "a"]),
+            optimizer({"lr": 1}, {"lr": 2}, {"lr": 2}, params=["a e", "b d", "c f"]),
+        ),
+        (
+            optimizer({"lr": 1, "param_names": ["x"]}, params=["a"]),
+            optimizer({"lr": 1, "param_names": ["y", "z"]}, {"lr": 2, "param_names": ["w"]}, params=["a b", "c"]),
+            optimizer({"lr": 1, "param_names": ["x", "z"]}, {"lr": 2, "param_names": ["w"]}, params=["a b", "c"]),
+        ),
+        (
+            optimizer({"lr": 1}, params=["a"]),
+            optimizer({"lr": 1}, {"lr": 2}, params=["b", ""]),
+            optimizer({"lr": 1}, {"lr": 2}, params=["a b", ""]),
         ),
     ],
     ids=str,

@@ -310,6 +310,20 @@ def test_state_of_a_parameter_that_changed_its_shape(tmp_path):
     train(other, restored, range(2))
 
 
+def test_state_by_place_is_not_for_a_parameter_of_another_shape(tmp_path):
+    """Without the module, order alone says which parameter is meant: one of another shape is not."""
+    module = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 3, bias=False))
+    optimizer = torch.optim.AdamW(module.parameters())
+    train(module, optimizer, range(1))
+    shardckpt.save({"model": module, "optimizer": optimizer}, tmp_path / "ck")
+    restored = torch.optim.AdamW([*module.parameters()][::-1])
+    with pytest.raises(
+        StateMismatchError, match=r"param_groups\.0\.1: of a parameter of shape \(7, 5\) here, \(3, 7\)"
+    ):
+        shardckpt.load(tmp_path / "ck", {"optimizer": restored})
+    assert not restored.state
+
+
 def test_parameters_saved_without_state_lose_theirs(tmp_path):
     """Frozen when it was saved: whatever a parameter has gathered since is gone, as if that time had never been."""
     module = model()

@@ -270,6 +270,85 @@ def test_a_renamed_module_and_the_state_of_its_optimizer(saved, key_map):
     assert loaded["model"]._metadata["backbone.1"] == {"version": 2}
 
 
+class Pair(nn.Module):
+    """Two weights, or one with two names."""
+
+    def __init__(self, tied: bool, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(3, 3, bias=False))
+        if tied:
+            getattr(self, names[1]).weight = getattr(self, names[0]).weight
+
+
+def stepped(model: nn.Module) -> dict[str, Any]:
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        ("ab", {"prefix": "trainer"}),
+        ("xy", {"prefix": "trainer", "key_map": {"model.a": "model.x", "model.b": "model.y"}}),
+        ("ba", {"prefix": "trainer", "key_map": {"model.a": "model.b", "model.b": "model.a"}}),
+    ],
+)
+def test_weights_are_untied_with_their_state_under_other_names(tmp_path, names, options):
+    """What was one weight when it was saved is known by the names of then; each of two goes on from its state."""
+    saved = stepped(Pair(True, "a", "b"))
+    shardckpt.save({"trainer": saved}, tmp_path / "ck")
+    model = Pair(False, *names)
+    optimizer = torch.optim.AdamW(model.parameters())
+    shardckpt.load(tmp_path / "ck", {"model": model, "optimizer": optimizer}, **options)
+    expected = saved["optimizer"].state[saved["model"].a.weight]["exp_avg"]
+    assert [torch.equal(optimizer.state[weight]["exp_avg"], expected) for weight in model.parameters()] == [True] * 2
+
+
+def test_a_new_parameter_does_not_inherit_through_an_old_name(tmp_path):
+    """A name that a tied weight once had, and that another has now, leads to no state."""
+    shardckpt.save(stepped(Pair(True, "a", "b")), tmp_path / "ck")
+    model = Pair(False, "a", "b", "z")
+    optimizer = torch.optim.AdamW(model.parameters())
+    report = shardckpt.load(
+        tmp_path / "ck", {"model": model, "optimizer": optimizer}, key_map={"model.b": "model.z"}, strict=False
+    )
+    assert "model.b.weight" in report.missing
+    assert [weight in optimizer.state for weight in (model.a.weight, model.b.weight, model.z.weight)] == [1, 0, 1]
+
+
+class Factored(torch.optim.Optimizer):
+    """State that shows nothing of its parameter's shape as a whole."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {"row": torch.randn(parameter.shape[0]), "column": torch.randn(parameter.shape[1])}
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix": "t"}, {"prefix": "t", "key_map": {"model": "model"}}])
+def test_state_is_held_against_the_parameter_that_it_was_saved_of(tmp_path, options):
+    """Names that two parameters exchange do not confuse their shapes, and other names do not hide a misfit."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 3, bias=False), "b": nn.Linear(4, 5, bias=False)})
+    saved = {"model": model, "optimizer": Factored(model.parameters())}
+    shardckpt.save({"t": saved} | saved, tmp_path / "ck")
+    swapped = nn.ModuleDict({"a": nn.Linear(4, 5, bias=False), "b": nn.Linear(2, 3, bias=False)})
+    live = {"model": swapped, "optimizer": Factored(swapped.parameters())}
+    live["optimizer"].state.clear()
+    report = shardckpt.load(tmp_path / "ck", live, strict=False, **options)
+    assert sum("of a parameter of shape" in line for line in report.mismatched) == 2
+    assert not live["optimizer"].state
+    swap = {"model.a": "model.b", "model.b": "model.a"}
+    shardckpt.load(tmp_path / "ck", live, **options | {"key_map": swap})
+    for ours, theirs in ((swapped["a"], model["b"]), (swapped["b"], model["a"])):
+        assert torch.equal(ours.weight, theirs.weight)
+        state, expected = live["optimizer"].state[ours.weight], saved["optimizer"].state[theirs.weight]
+        assert all(torch.equal(state[key], expected[key]) for key in ("row", "column"))
+
+
 def test_names_of_a_key_map_count_from_the_prefix(saved):
     """With a prefix, names are those of the sub-tree; the longest key of a dict counts."""
     path, state = saved

@@ -308,6 +308,46 @@ def test_deep_values_by_rank_are_refused():
         check_skeleton(hostile({"p": {0: deep}}, state), "here")
 
 
+def test_a_prefix_and_a_key_map_find_values_by_rank(tmp_path):
+    """A marked value moves as a whole; what restores itself gets it at its own new place, and nothing else changes."""
+
+    class Sampler:
+        def __init__(self, position):
+            self.position = PerRank(position)
+
+        def state_dict(self):
+            return {"at": {"x": self.position}}
+
+        def load_state_dict(self, state_dict):
+            self.position = state_dict["at"]["x"]
+
+    own = {"t": torch.arange(3), "l": [1, {"k": torch.ones(2)}]}
+    saved = {"rng": PerRank(own), "sampler": Sampler(4), "list": [PerRank(5)], "epoch": 6}
+    shardckpt.save({"trainer": saved, "rng": PerRank(0), "seed": 0}, tmp_path / "ck")
+    tensor = torch.zeros(3, dtype=torch.int64)
+    live = {"seed": PerRank({"t": tensor, "l": [0, {"k": torch.zeros(2)}]}), "rng": Sampler(0), "list": [PerRank(0)]}
+    names = {"rng": "seed", "sampler": "rng"}
+    report = shardckpt.load(tmp_path / "ck", live, prefix="trainer", key_map=names)
+    assert live["seed"].value["t"] is tensor
+    assert same(live["seed"].value, own)
+    assert (live["rng"].position.value, live["list"][0].value) == (4, 5)
+    assert report.skipped == ["epoch"]
+    made = shardckpt.load(tmp_path / "ck", prefix="trainer", key_map=names)
+    assert same(made, {"seed": [own], "rng": {"at": {"x": [4]}}, "list": [[5]], "epoch": 6})
+
+
+@pytest.mark.parametrize("first", ("model", "optimizer"))
+def test_an_optimizer_over_what_differs_by_rank_belongs_to_it(tmp_path, first):
+    """Outside of the mark its state would be one rank's, or pieces of several ranks' put together, for all."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    state = {"model": PerRank(model), "optimizer": optimizer}
+    with pytest.raises(UsageError, match=r"'optimizer' is over 'model\.rank-0\.weight', which differs by rank"):
+        flat({key: state[key] for key in sorted(state, key=lambda key: key != first)})
+    flat({"both": PerRank({"model": model, "optimizer": optimizer})})
+    flat({"model": model, "copy": PerRank(model), "optimizer": optimizer})
+
+
 def test_a_set_key_or_object_is_no_place_for_a_mark():
     """Where a mark could not be found again it is refused, not pickled with what is around it."""
     with pytest.raises(UsageError, match=r"'a\.rank-2\.0' lies within another PerRank"):

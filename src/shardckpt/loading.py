@@ -160,7 +160,7 @@ class OpenCheckpoint:
                 here=Here(operation.rank, operation.world_size),
             )
             on_meta = list(meta_tensors(state))
-            place = match.match(state, self._part(prefix, key_map, state, strict=strict), "")
+            place = match.root(state, self._part(prefix, key_map, state, strict=strict))
             matched.word = msgspec.msgpack.encode(Matched(match.differences, match.meshes.digests()))
         ranks = [msgspec.msgpack.decode(word, type=Matched) for word in matched.heard]
         verdict, differences = together([found.differences for found in ranks], operation.rank)

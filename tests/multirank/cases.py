@@ -258,6 +258,25 @@ def missing_on_load(rank: int, path: str) -> str:
     return ""
 
 
+def options_of_stages(rank: int, path: str) -> list[tuple[float, float, list[str]]]:
+    """Save and restore a stage whose param groups have their own order and learning rate."""
+    stage = nn.ModuleDict({f"{kind}{rank}": nn.Linear(2, 2) for kind in ("plain", "decayed")})
+    names = {id(parameter): name for name, parameter in stage.named_parameters()}
+    kinds = ["plain", "decayed"] if rank % 2 else ["decayed", "plain"]
+    optimizer = torch.optim.AdamW(
+        [{"params": list(stage[f"{kind}{rank}"].parameters()), "weight_decay": len(kind)} for kind in kinds],
+        lr=1.0 + rank,
+    )
+    shardckpt.save({"model": stage, "optimizer": optimizer}, path)
+    for group in optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 99.0
+    shardckpt.load(path, {"model": stage, "optimizer": optimizer})
+    return [
+        (group["lr"], group["weight_decay"], [names[id(parameter)] for parameter in group["params"]])
+        for group in optimizer.param_groups
+    ]
+
+
 def pipeline(rank: int, path: str) -> dict[str, Any]:
     """Each rank has its own names, as pipeline stages have."""
     stage = nn.Linear(4, 4)

@@ -104,13 +104,13 @@ class Local(torch.optim.Optimizer):
             assert part.shape == local.shape
 
 
-def local_state(rank: int, path: str, rows: int) -> bool:
+def local_state(rank: int, path: str, rows: int, columns: int) -> bool:
     """Local state is a shard like its parameter's: it comes back to another layout, whole, and in place."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    full = torch.arange(float(rows * 6)).view(rows, 6)
+    full = torch.arange(float(rows * columns)).view(rows, columns)
 
     def make(dim: int, value: Tensor) -> tuple[nn.Parameter, Local]:
-        parameter = nn.Parameter(cut(torch.zeros(rows, 6), mesh, (Shard(dim),)))
+        parameter = nn.Parameter(cut(torch.zeros(rows, columns), mesh, (Shard(dim),)))
         optimizer = Local([parameter])
         optimizer.fill(value)
         return parameter, optimizer
@@ -121,12 +121,12 @@ def local_state(rank: int, path: str, rows: int) -> bool:
     whole = shardckpt.load(path)["optimizer"]["state"][0]
     assert torch.equal(whole["average"], full)
     assert whole["step"] == 3
-    other, restored = make(1, torch.zeros(rows, 6))
+    other, restored = make(1, torch.zeros(rows, columns))
     average = restored.state[other]["average"]
     shardckpt.load(path, {"w": other, "optimizer": restored})
     assert restored.state[other]["average"] is average
     assert torch.equal(average, cut(full, mesh, (Shard(1),)).to_local())
-    plain = nn.Parameter(torch.zeros(rows, 6))
+    plain = nn.Parameter(torch.zeros(rows, columns))
     bare = torch.optim.SGD([plain])
     shardckpt.load(path, {"w": plain, "optimizer": bare})
     return torch.equal(bare.state[plain]["average"], full)

@@ -176,6 +176,15 @@ def test_missing_checkpoint_is_missing_on_every_rank(tmp_path):
         assert "nothing is there" in message
 
 
+def test_stages_keep_the_options_of_their_param_groups(tmp_path):
+    """A stage's learning rate or weight decay is its own: never that of what rank 0 has in the group so numbered."""
+    told = ranks.world(3).run(cases.options_of_stages, str(tmp_path / "ck"))
+    for rank, groups in enumerate(told):
+        decayed = (1.0 + rank, 7, [f"decayed{rank}.weight", f"decayed{rank}.bias"])
+        plain = (1.0 + rank, 5, [f"plain{rank}.weight", f"plain{rank}.bias"])
+        assert groups == ([plain, decayed] if rank % 2 else [decayed, plain])
+
+
 def test_pipeline_stages_are_one_checkpoint(tmp_path):
     """A rank that lacks a tensor is legal: containers of all ranks are merged, tensors come from their holders."""
     for told in ranks.world(3).run(cases.pipeline, str(tmp_path / "ck")):

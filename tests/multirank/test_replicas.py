@@ -35,10 +35,10 @@ def test_buffers_that_are_declared_equal_are_shared(tmp_path):
     assert told == {"seen": [0.0, 1.0, 2.0], "norm.running_mean": [0.0]}
 
 
-@pytest.mark.parametrize(("size", "rows"), [(2, 8), (3, 7), (4, 3)])
-def test_local_state_of_a_sharded_parameter_is_sharded(tmp_path, size, rows):
+@pytest.mark.parametrize(("size", "rows", "columns"), [(2, 8, 6), (3, 7, 6), (4, 3, 6), (2, 2, 1), (3, 2, 1)])
+def test_local_state_of_a_sharded_parameter_is_sharded(tmp_path, size, rows, columns):
     """An optimizer that works on ``to_local()`` has different state on each rank: none of it may be lost."""
-    assert all(ranks.world(size).run(replicas.local_state, str(tmp_path / "ck"), rows))
+    assert all(ranks.world(size).run(replicas.local_state, str(tmp_path / "ck"), rows, columns))
 
 
 def test_state_that_nothing_explains_is_refused(tmp_path):

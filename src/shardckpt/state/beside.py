@@ -63,10 +63,10 @@ def parts(value: Any, parameter: Tensor, path: str, is_equal: Callable[[str], bo
         return type(value)(
             parts(item, parameter, child_path(path, index), is_equal) for index, item in enumerate(value)
         )
-    if not isinstance(value, Tensor) or isinstance(value, DTensor) or value.numel() == 1 or is_equal(path):
+    if not isinstance(value, Tensor) or isinstance(value, DTensor) or is_equal(path):
         return value
-    part = as_part(value, parameter)
-    if part is value and value.shape != parameter.shape:
+    part = as_part(value, parameter)  # that of a small parameter may have a single element
+    if part is value and value.numel() != 1 and value.shape != parameter.shape:
         assert isinstance(parameter, DTensor)
         raise UnserialisableError(
             f"optimizer state {path!r} is a plain tensor of shape {tuple(value.shape)} beside a DTensor of shape"

@@ -73,6 +73,7 @@ def flatten(
         own.result.skeleton = own.nodes
         own.result.structure = own.structure.hexdigest()
         check_names(walk.result, own.result)
+        walk.check_optimizers()
         walk.result.own = own.result
         walk.result.places = xxhash.xxh3_128_hexdigest("\0".join(sorted(own.nodes)).encode())
     return walk.result
@@ -101,6 +102,8 @@ class _Flattener:
         self._selected = selected
         self._memory: dict[Hashable, str] = {}
         self.open: set[int] = set() if own is None else own.open
+        self._optimized: list[tuple[str, Tensor]] = []
+        """Parameters without a name, and the places of their optimizers."""
 
     def node(self, value: Any, path: str, split: bool) -> Json:
         """The skeleton of ``value``, or `_LEFT_OUT`. ``split`` says that its tensors are equal on all ranks."""
@@ -131,6 +134,17 @@ class _Flattener:
         self._own.nodes[place] = node
         self._note("r", place)
         return {"$per_rank": place}
+
+    def check_optimizers(self) -> None:
+        """Raise UsageError for an optimizer over what differs by rank, whose state would be taken for that of all."""
+        assert self._own is not None, "the walk over what differs by rank has none beneath it"
+        for path, parameter in self._optimized:
+            name = self._own._memory.get(memory_key(parameter))  # noqa: SLF001 - of the same class
+            if name is not None and memory_key(parameter) not in self._memory:
+                raise UsageError(
+                    f"the optimizer at {path or 'the root'!r} is over {name!r}, which differs by rank; put the"
+                    " optimizer into the same PerRank."
+                )
 
     def _leaf(self, value: Any, path: str, split: bool) -> Json:
         scalar = values.encode_scalar(value)
@@ -300,6 +314,9 @@ class _Flattener:
         named = names.optimizer_parameter_names(value, self._parameters)
         if not names.is_torch_format(state_dict, named):
             return self.node(dict(state_dict), path, True)
+        if self._own is not None:
+            live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self._optimized += [(path, parameter) for parameter in live if id(parameter) not in self._parameters]
         by_index = {
             index: (name, parameter)
             for group, group_names, live in zip(state_dict["param_groups"], named, optimizer.param_groups, strict=True)

@@ -5,6 +5,7 @@ made anew, every difference, and for each place a *thunk* that, run once all ten
 it.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ from shardckpt.state.modules import match_module
 from shardckpt.state.optimizers import match_optimizer
 from shardckpt.state.per_rank import WRAP_IT, Here, Offer, PerRank, holders, match_per_rank
 from shardckpt.state.skeleton import contains_tensor, per_rank_place, per_rank_places, tensor_name
+from shardckpt.state.subtree import tensor_places
 
 Json = Any
 
@@ -66,6 +68,7 @@ class Match(Maker):
         self._convert_dtype = convert_dtype
         self.strict = strict
         self._filled: dict[Hashable, str] = {}
+        self._stored: Callable[[], dict[str, str]] = dict
 
     def live(self) -> list[LocalTensor]:
         """What is wanted for live tensors, known before anything is allocated."""
@@ -88,6 +91,15 @@ class Match(Maker):
     def _all_fresh(self) -> list[Fresh]:
         # Optimizer state follows its parameter, which therefore comes first.
         return [*(fresh for _, fresh in self.materialised.values()), *self.fresh]
+
+    def root(self, live: Any, node: Json) -> Thunk:
+        """As `match`, of a whole state with all that is to be restored into it."""
+        self._stored = functools.cache(lambda: tensor_places(node))
+        return self.match(live, node, "")
+
+    def stored(self, path: str) -> str | None:
+        """The tensor of the checkpoint that stands at a place of the state, by which it may be called otherwise."""
+        return self._stored().get(path)
 
     def match(self, live: Any, node: Json, path: str) -> Thunk:
         """The thunk that restores ``node`` into ``live``, and the value that then belongs in its place."""

@@ -16,6 +16,7 @@ from shardckpt.state.beside import as_part, like_parameter
 from shardckpt.state.leaves import is_distributed, is_meta
 from shardckpt.state.materialise import host_of, like
 from shardckpt.state.skeleton import optimizer_node, tensor_name
+from shardckpt.state.subtree import rename_parameters
 
 if TYPE_CHECKING:
     from shardckpt.state.fresh import Thunk
@@ -46,6 +47,7 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
         )
         return lambda: live
     body = _by_place(body, live_names)
+    saved_as: dict[str, str] = body.get("saved_as", {})
     saved_names = dict.fromkeys(name for group in body["param_groups"] for name in group["params"])
     parameters = {
         name: parameter
@@ -53,7 +55,7 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
         for name, parameter in zip(group_names, group["params"], strict=True)
     }
     groups_path = names.child_path(path, "param_groups")
-    sources = _sources(parameters, saved_names, match.manifest.aliases)
+    sources = _sources(match, parameters, saved_names, saved_as)
     match.differences.missing += [f"{groups_path}: {name}" for name in parameters if name not in sources]
     used = set(sources.values())
     match.differences.unexpected += [f"{groups_path}: {name}" for name in saved_names if name not in used]
@@ -71,7 +73,7 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
     }
     state_path = names.child_path(path, "state")
     for name, source in list(sources.items()):
-        why = _misfit(match, parameters[name], source, body["state"].get(source))
+        why = _misfit(match, parameters[name], saved_as.get(source, source), body["state"].get(source))
         if why:
             match.differences.mismatched.append(f"{state_path}: {name}: {why}")
             del sources[name]
@@ -153,24 +155,27 @@ def _by_place(body: dict[str, Json], live_names: list[list[str]]) -> dict[str, J
                 renamed[saved] = live
     if not renamed:
         return body
-    return {
-        **body,
-        "state": {renamed.get(name, name): item for name, item in body["state"].items()},
-        "param_groups": [
-            {**group, "params": [renamed.get(name, name) for name in group["params"]]} for group in body["param_groups"]
-        ],
-    }
+    return dict(rename_parameters({"$optimizer": body}, lambda name: renamed.get(name, name))["$optimizer"])
 
 
 def _sources(
-    parameters: Mapping[str, Tensor], saved_names: Mapping[str, None], aliases: Mapping[str, str]
+    match: "Match", parameters: Mapping[str, Tensor], saved_names: Mapping[str, None], saved_as: Mapping[str, str]
 ) -> dict[str, str]:
     """The saved parameter whose state each live one takes: that of its name, or the one that it was tied to."""
+    aliases = match.manifest.aliases
     tied: dict[str, str] = {}
     for name in saved_names:
-        tied.setdefault(aliases.get(name, name), name)
-    found = {name: name if name in saved_names else tied.get(aliases.get(name, name)) for name in parameters}
-    return {name: source for name, source in found.items() if source is not None}
+        stored = saved_as.get(name, name)
+        tied.setdefault(aliases.get(stored, stored), name)
+
+    def source(name: str) -> str | None:
+        if name in saved_names:
+            return name
+        stored = match.stored(name)
+        return None if stored is None else tied.get(aliases.get(stored, stored))
+
+    found = {name: source(name) for name in parameters}
+    return {name: other for name, other in found.items() if other is not None}
 
 
 def _misfit(match: "Match", parameter: Tensor, source: str, node: Json) -> str:

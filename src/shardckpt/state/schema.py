@@ -156,6 +156,7 @@ def _optimizer(_: Manifest, path: str, node: Json) -> list[Child]:
         pairs = values.pairs_of(options)
         _require(pairs is not None and all(type(key) is str for key, _ in pairs), "options are no dict")
         children.append((_at(path, f"param_groups.{index}"), options))
+    _require("saved_as" not in node, "it has the names of a load")
     if "rest" in node:
         _require(values.pairs_of(node["rest"]) is not None, "its rest is no dict")
         children.append((path, node["rest"]))

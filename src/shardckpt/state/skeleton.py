@@ -114,12 +114,42 @@ def _merge_pairs(first: list[list[Json]], second: list[list[Json]]) -> list[list
 
 
 def _merge_optimizers(first: dict[str, Json], second: dict[str, Json]) -> dict[str, Json]:
-    groups = []
-    for index in range(max(len(first["param_groups"]), len(second["param_groups"]))):
-        pair = [body["param_groups"][index] for body in (first, second) if index < len(body["param_groups"])]
-        params = list(dict.fromkeys(name for group in pair for name in group["params"]))
-        groups.append({"params": params, "options": pair[0]["options"]})
+    """Parameters join a group that has their options, that at their index before others; if none has, they make one.
+
+    The stages of a pipeline have different parameters in the groups of one index, and maybe different options for them.
+    """
+    groups = list(first["param_groups"])
+    known = {name for group in groups for name in group["params"]}
+    for index, group in enumerate(second["param_groups"]):
+        added = [name for name in group["params"] if name not in known]
+        if group["params"] and not added:
+            continue
+        options = _options(group)
+        near = range(index, min(index + 1, len(groups)))
+        place = next((i for i in [*near, *range(len(groups))] if _options(groups[i]) == options), None)
+        if place is None:
+            groups.append({"params": added, "options": group["options"]})
+        else:
+            groups[place] = _joined(groups[place], group, added)
     return {**second, **first, "state": merge(first["state"], second["state"]), "param_groups": groups}
+
+
+def _options(group: dict[str, Json]) -> dict[str, Json]:
+    """The options of a saved param group; ``param_names`` is none, but what torch calls its parameters."""
+    return {repr(key): value for key, value in values.pairs_of(group["options"]) or [] if key != "param_names"}
+
+
+def _joined(group: dict[str, Json], other: dict[str, Json], added: list[str]) -> dict[str, Json]:
+    """``group`` with the parameters ``added`` from ``other``."""
+    called = dict(zip(other["params"], _param_names(other), strict=False))
+    more = [called[name] for name in added if name in called]
+    pairs = values.pairs_of(group["options"]) or []
+    options = [[key, value + more if key == "param_names" else value] for key, value in pairs]
+    return {"params": group["params"] + added, "options": values.with_pairs(group["options"], options)}
+
+
+def _param_names(group: dict[str, Json]) -> list[Json]:
+    return next((value for key, value in values.pairs_of(group["options"]) or [] if key == "param_names"), [])
 
 
 def child_node(node: Json, key: Any, path: str) -> Json:

@@ -6,7 +6,7 @@ from typing import Any
 
 from shardckpt.errors import TensorNotFoundError, UsageError
 from shardckpt.state import names, values
-from shardckpt.state.skeleton import as_torch_format, child_node, module_entries, optimizer_node
+from shardckpt.state.skeleton import as_torch_format, child_node, module_entries, optimizer_node, tensor_name
 
 Json = Any
 Prefix = str | tuple[Any, ...]
@@ -72,6 +72,23 @@ def place_names(node: Json, path: str = "") -> Iterator[str]:
             yield from place_names(child, names.child_path(path, key))
 
 
+def tensor_places(node: Json) -> dict[str, str]:
+    """The names of the tensors that stand in a node, by their places; those of optimizers are left out."""
+    found: dict[str, str] = {}
+
+    def walk(node: Json, path: str) -> None:
+        name = tensor_name(node)
+        if name is not None:
+            found.setdefault(path, name)
+            return
+        entries = module_entries(node)
+        for key, child in children(node) if entries is None else entries.items():
+            walk(child, names.child_path(path, key))
+
+    walk(node, "")
+    return found
+
+
 def children(node: Json) -> Iterator[tuple[Any, Json]]:
     """The keys, or indices, and the nodes of a dict, list or tuple node; none of anything else."""
     items = node["$tuple"] if values.tag_of(node) == "$tuple" else node
@@ -84,11 +101,13 @@ def children(node: Json) -> Iterator[tuple[Any, Json]]:
 
 
 def rename_parameters(node: Json, renamed: Callable[[str], str]) -> Json:
-    """An optimizer node whose parameters have other names, which must be as many."""
+    """An optimizer node whose parameters have other names, which must be as many; ``saved_as`` keeps the first ones."""
     body = node["$optimizer"]
+    saved_as = body.get("saved_as", {})
     return {
         "$optimizer": {
             **body,
+            "saved_as": {renamed(name): saved_as.get(name, name) for name in parameters(node)},
             "state": {renamed(name): item for name, item in body["state"].items()},
             "param_groups": [
                 {**group, "params": [renamed(name) for name in group["params"]]} for group in body["param_groups"]
