@@ -329,11 +329,11 @@ def test_a_prefix_and_a_key_map_find_values_by_rank(tmp_path):
     names = {"rng": "seed", "sampler": "rng"}
     report = shardckpt.load(tmp_path / "ck", live, prefix="trainer", key_map=names)
     assert live["seed"].value["t"] is tensor
-    assert same(live["seed"].value, own)
+    assert repr(live["seed"].value) == repr(own)
     assert (live["rng"].position.value, live["list"][0].value) == (4, 5)
     assert report.skipped == ["epoch"]
     made = shardckpt.load(tmp_path / "ck", prefix="trainer", key_map=names)
-    assert same(made, {"seed": [own], "rng": {"at": {"x": [4]}}, "list": [[5]], "epoch": 6})
+    assert repr(made) == repr({"seed": [own], "rng": {"at": {"x": [4]}}, "list": [[5]], "epoch": 6})
 
 
 @pytest.mark.parametrize("first", ("model", "optimizer"))

@@ -101,18 +101,23 @@ def children(node: Json) -> Iterator[tuple[Any, Json]]:
 
 
 def rename_parameters(node: Json, renamed: Callable[[str], str]) -> Json:
-    """An optimizer node whose parameters have other names, which must be as many; ``saved_as`` keeps the first ones."""
+    """An optimizer node whose parameters have other names, which must be as many.
+
+    Its ``saved_as`` has the names that those whose name has changed were saved with.
+    """
     body = node["$optimizer"]
-    saved_as = body.get("saved_as", {})
+    first = body.get("saved_as", {})
+    saved_as = {renamed(name): first.get(name, name) for name in parameters(node)}
+    changed = {name: old for name, old in saved_as.items() if name != old}
     return {
         "$optimizer": {
             **body,
-            "saved_as": {renamed(name): saved_as.get(name, name) for name in parameters(node)},
             "state": {renamed(name): item for name, item in body["state"].items()},
             "param_groups": [
                 {**group, "params": [renamed(name) for name in group["params"]]} for group in body["param_groups"]
             ],
         }
+        | ({"saved_as": changed} if changed else {})
     }
 
 
