@@ -1,7 +1,6 @@
 """Optimizers as restore targets: state finds its parameter by name, and nothing is ever stepped."""
 # ruff: noqa: SLF001 - torch offers no public way to ask an optimizer for its loading hooks
 
-from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from shardckpt.state import names, values
 from shardckpt.state.beside import as_part, like_parameter
 from shardckpt.state.leaves import is_distributed, is_meta
 from shardckpt.state.materialise import host_of, like
+from shardckpt.state.param_groups import conflicts, holders_of
 from shardckpt.state.skeleton import optimizer_node, tensor_name
 from shardckpt.state.subtree import rename_parameters
 
@@ -59,8 +59,8 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
     match.differences.missing += [f"{groups_path}: {name}" for name in parameters if name not in sources]
     used = set(sources.values())
     match.differences.unexpected += [f"{groups_path}: {name}" for name in saved_names if name not in used]
-    holders = _holders(live_names, body["param_groups"], sources)
-    match.differences.mismatched += _conflicts(holders, live_names, body["param_groups"], sources, groups_path)
+    holders = holders_of(live_names, body["param_groups"], sources)
+    match.differences.mismatched += conflicts(holders, live_names, body["param_groups"], sources, groups_path)
     empty = iter([group for group in body["param_groups"] if not group["params"]])
     saved_groups = [
         body["param_groups"][found[0]] if found else None if group_names else next(empty, None)
@@ -270,52 +270,6 @@ def _counts_on_device(options: Json) -> bool:
     """Whether the options of a param group have its step counters live where the parameters do."""
     pairs = [(key, value) for key, value in values.pairs_of(options) or [] if isinstance(key, str)]
     return any(key in ("fused", "capturable") and value is True for key, value in pairs)
-
-
-def _holders(live_names: list[list[str]], saved: list[dict[str, Json]], sources: Mapping[str, str]) -> list[list[int]]:
-    """For each live param group the saved groups that held its parameters; the one that held most of them first."""
-    indices: defaultdict[str, list[int]] = defaultdict(list)
-    for index, group in enumerate(saved):
-        for name in group["params"]:
-            indices[name].append(index)
-    found = []
-    for place, group_names in enumerate(live_names):
-        counts = Counter(index for name in group_names if name in sources for index in indices[sources[name]])
-        found.append(sorted(counts, key=lambda index: (-counts[index], index != place, index)))
-    return found
-
-
-def _conflicts(
-    holders: list[list[int]],
-    live_names: list[list[str]],
-    saved: list[dict[str, Json]],
-    sources: Mapping[str, str],
-    path: str,
-) -> list[str]:
-    """A line for each live param group that unites saved ones of different options, of which it can have but one's."""
-    lines = []
-    for place, (indices, group_names) in enumerate(zip(holders, live_names, strict=True)):
-        if len(indices) < 2:
-            continue
-        taken, *others = (_options(saved[index]) for index in indices)
-        apart = {sources[name] for name in group_names if name in sources} - set(saved[indices[0]]["params"])
-        differ = {
-            key
-            for index, other in zip(indices[1:], others, strict=True)
-            for key in taken.keys() | other.keys()
-            if apart & set(saved[index]["params"]) and taken.get(key) != other.get(key)
-        }
-        if differ:
-            lines.append(
-                f"{names.child_path(path, place)}: one group here, groups {', '.join(map(str, sorted(indices)))} in the"
-                f" checkpoint, which differ in {', '.join(sorted(differ))}; all would take those of group {indices[0]}"
-            )
-    return lines
-
-
-def _options(group: Mapping[str, Json]) -> dict[str, Json]:
-    pairs = values.pairs_of(group["options"]) or []
-    return {str(key): value for key, value in pairs if key != "param_names"}
 
 
 def _as_state_dict(
