@@ -93,10 +93,10 @@ def test_types_are_shipped() -> None:
     assert files("shardckpt").joinpath("py.typed").is_file()
 
 
-@pytest.mark.parametrize("group", ["lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_factory"])
-def test_entry_points_resolve(group: str) -> None:
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"])
+def test_entry_points_resolve(package: str) -> None:
     """Lightning finds the adapter through installed metadata: a renamed function would fail silently in training."""
-    found = [point for point in entry_points(group=group) if point.name == "shardckpt"]
+    found = [point for point in entry_points(group=f"{package}.callbacks_factory") if point.name == "shardckpt"]
     assert len(found) == 1
     assert callable(found[0].load())
 
