@@ -5,6 +5,8 @@ Started by `ddp_job.run`. Arguments of a case follow it after colons.
 
 import logging
 import os
+import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -266,8 +268,58 @@ def stock(kind: str) -> Any:
     first.strategy.barrier()
     path = folder / "a.ckpt"
     assert not (path / "manifest.json").exists()
-    own, ours = (fit(kind, folder, ckpt_path=path, max_epochs=2, **o) for o in ({"plugins": []}, {}))
-    return own.record.start == ours.record.start, path.is_dir(), ours.record.position, type(ours.strategy).__name__
+    ours = fit(kind, folder, ckpt_path=path, max_epochs=2)
+    return first.record.end == ours.record.start, path.is_dir(), ours.record.position, type(ours.strategy).__name__
+
+
+def ordinary(kind: str) -> Any:
+    """A file that DDP wrote without the plugin resumes with groups in another order than the module's, of one shape."""
+
+    class Crossed(module_class()):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            size = toy.FEATURES
+            self.net = nn.Sequential(nn.Linear(size, size), nn.Linear(size, size), nn.Linear(size, 5))
+            self.scale = nn.Parameter(torch.ones(4))  # which FSDP2 does not shard here
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) * self.scale.mean()
+
+        def configure_optimizers(self) -> Any:
+            groups = [list(self.net[index].parameters()) for index in (1, 0, 2)] + [[self.scale]]
+            return torch.optim.AdamW([{"params": group, "lr": 0.01 * (i + 1)} for i, group in enumerate(groups)])
+
+    folder = FOLDER / f"ordinary-{kind}"
+    first = fit("ddp", folder, model=Crossed(), plugins=[], checkpoint={"filename": "a"}, max_epochs=1)
+    first.strategy.barrier()
+    second = fit(kind, folder, model=Crossed(), ckpt_path=folder / "a.ckpt", max_epochs=2)
+    values = [value for state in second.optimizers[0].state.values() for value in state.values()]
+    mapped = [value for value in values if type(value) is torch.Tensor and value.untyped_storage().filename]
+    return first.record.end == second.record.start, second.record.position, len(mapped)
+
+
+def hostile(kind: str) -> Any:
+    """A directory like those of the strategy itself, the metadata of which would run code, on every rank alike."""
+    path, ran = FOLDER / f"hostile-{kind}.ckpt", FOLDER / f"ran-{kind}"
+    if RANK == 0:
+        shutil.copytree(FOLDER / f"stock-{kind}" / "a.ckpt", path)
+        (path / ".metadata").write_bytes(pickle.dumps(Running(str(ran))))
+    torch.distributed.barrier()
+    try:
+        fit(kind, FOLDER, ckpt_path=path, max_epochs=2)
+    except shardckpt.UnsafeLoadError as error:
+        return ran.exists(), str(error)
+    return ran.exists(), ""
+
+
+class Running:
+    """Something that leaves a trace when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
 
 
 def evaluated(kind: str) -> Any:
@@ -430,6 +482,8 @@ CASES: dict[str, Callable[..., Any]] = {
         touched,
         replaced,
         stock,
+        ordinary,
+        hostile,
         evaluated,
         mismatched,
         by_hand,

@@ -53,7 +53,8 @@ def two(folder: Path, single: dict[str, str], s3_server: S3Server, s3_client: An
     environment = s3_server.environment | {"TEST_S3_URL": "s3://lightning-sharded/run"}
     cases = [f"write:{kind}" for kind in WRITERS] + [f"resume:{kind}" for kind in WRITERS]
     cases += [f"{case}:{kind}" for case in CASES for kind in SHARDING]
-    cases += ["stock:tp", "replaced:fsdp2", "on_s3:fsdp2", "on_s3:fsdp1"]
+    cases += ["stock:tp", "ordinary:fsdp2", "ordinary:fsdp1", "hostile:fsdp2"]
+    cases += ["replaced:fsdp2", "on_s3:fsdp2", "on_s3:fsdp1"]
     cases += [f"touched:{kind}" for kind in ("fsdp2", "tp", "fsdp1", "fsdp1-flat")]
     return job(2, folder, cases, environment=environment)
 
@@ -106,12 +107,28 @@ def test_hooks_may_replace_what_is_saved(two: ddp_job.Outcomes) -> None:
 
 @pytest.mark.parametrize(("kind", "is_folder"), [("fsdp2", True), ("fsdp1", True), ("tp", False)])
 def test_what_lightning_wrote(kind: str, is_folder: bool, two: ddp_job.Outcomes) -> None:
-    """Files and folders that the strategies wrote without the plugin load with it as they do without."""
+    """Files and folders that the strategies wrote without the plugin load with it, to the same bits."""
     for same, was_folder, position, strategy in two.of(f"stock:{kind}"):
         assert same
         assert was_folder == is_folder
         assert position == [1, 12 if kind == "tp" else 6]
         assert strategy.startswith("Sharded")
+
+
+@pytest.mark.parametrize("kind", SHARDING)
+def test_state_of_a_file_finds_its_parameter(kind: str, two: ddp_job.Outcomes) -> None:
+    """An ordinary file's optimizer state goes by the order of the groups, where Lightning goes by the module's.
+
+    None of it stays in the pages of that file, which may be removed while training goes on.
+    """
+    assert two.of(f"ordinary:{kind}") == [[True, [1, 6], 0]] * 2
+
+
+def test_a_directory_runs_no_code(two: ddp_job.Outcomes) -> None:
+    """ModelParallel's own directories are read by our reader, which unpickles nothing without leave."""
+    for ran, message in two.of("hostile:fsdp2"):
+        assert not ran
+        assert ".metadata" in message
 
 
 @pytest.mark.parametrize("kind", SHARDING)

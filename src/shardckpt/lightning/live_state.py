@@ -112,7 +112,7 @@ class DTensorState(WholeState):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             like = dict(zip(indices, parameters, strict=False))
             state = {
-                index: {key: _part_of(value, like.get(index)) for key, value in values.items()}
+                index: {key: _copied(value, like.get(index)) for key, value in values.items()}
                 if isinstance(values, Mapping)
                 else values
                 for index, values in state_dict["state"].items()
@@ -240,3 +240,9 @@ def _part_of(whole: Any, like: Any) -> Any:
     for box, view in zip(leaf.boxes, leaf.views, strict=True):
         view.copy_(whole[slices(box)])
     return part
+
+
+def _copied(whole: Any, like: Any) -> Any:
+    """As `_part_of`, in memory of its own: an optimizer keeps what it is given, which may be the pages of a file."""
+    part = _part_of(whole, like)
+    return part.clone() if part is whole and isinstance(part, Tensor) else part

@@ -82,11 +82,22 @@ def stepped_aside(folder: str) -> list[str]:
 
 
 def load(
-    path: str, map_location: Any, weights_only: bool | None, storage_options: Mapping[str, Any] | None = None
+    path: str,
+    map_location: Any,
+    weights_only: bool | None,
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    mapped: bool = False,
 ) -> Any:
-    """What Lightning's own ``TorchCheckpointIO`` loads from a file; raises what it raises. A directory: `foreign`."""
+    """What Lightning's own ``TorchCheckpointIO`` loads from a file; raises what it raises. A directory: `foreign`.
+
+    ``mapped``: a local file's tensors are in its pages, on the CPU, and not in memory of their own.
+    """
+    local = _local(path)
     if is_directory(path):
-        return foreign.load(_local(path) or path, map_location, weights_only)
+        return foreign.load(local or path, map_location, weights_only)
+    if mapped and local is not None:
+        return foreign.File(local, weights_only).contents
     if storage_options and _local(path) is None:
         # Lightning's opens every file system without options. Given no location, it maps tensors to the CPU too.
         with fsspec.open(path, "rb", **storage_options) as file:

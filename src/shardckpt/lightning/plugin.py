@@ -273,11 +273,17 @@ class ShardedCheckpointIO(_CheckpointIO):
             model_checkpoint.forget_listing(decision.path, self.options_for(decision.path))
 
     def load_lazily(
-        self, path: Any, weights_only: bool | None, *, otherwise: Callable[[str], dict[str, Any]] | None = None
+        self,
+        path: Any,
+        weights_only: bool | None,
+        *,
+        otherwise: Callable[[str], dict[str, Any]] | None = None,
+        mapped: bool = False,
     ) -> dict[str, Any]:
         """Read the plain values of a Trainer's checkpoint, on every rank of one save; large tensors when needed.
 
-        ``otherwise`` is how the strategy itself loads what is not ours.
+        ``otherwise`` is how the strategy itself loads a directory of DCP files. An ordinary local file is ``mapped``
+        into memory for those that need only a part of each tensor in it.
         """
 
         def decide() -> tuple[str, bool]:
@@ -288,12 +294,12 @@ class ShardedCheckpointIO(_CheckpointIO):
             "Trainer.load_checkpoint", decide, tuple[str, bool], timeout=self.timeout, before=self.wait
         )
         options = self.options_for(text)
-        if is_ordinary and otherwise is not None:
+        if is_ordinary and otherwise is not None and ordinary.is_directory(text):
             return otherwise(text)
         if is_ordinary:
             return agreement.on_all(
                 "Trainer.read_checkpoint",
-                lambda: ordinary.load(text, None, weights_only, options),
+                lambda: ordinary.load(text, None, weights_only, options, mapped=mapped),
                 timeout=self.timeout,
             )
         opened = self.checkpointer.open(text, storage_options=options, collective=True)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from shardckpt.lightning import agreement, flavours, live_state
-from shardckpt.lightning.live_state import LiveState, WholeState
+from shardckpt.lightning.live_state import FlatState, LiveState, WholeState
 from shardckpt.lightning.plugin import ShardedCheckpointIO
 from shardckpt.lightning.restore import Part
 from shardckpt.lightning.sharing import Running
@@ -158,8 +158,11 @@ def sharded(base: Any) -> Any:
                 return stock(path, weights_only=weights_only)
 
             self._shardckpt_reading = True
-            otherwise = None if live_kind is WholeState else itself
-            return plugin.load_lazily(checkpoint_path, weights_only, otherwise=otherwise)
+            # DCP's directories name no part of a flat parameter; torch's own code finds it.
+            otherwise = itself if live_kind is FlatState else None
+            return plugin.load_lazily(
+                checkpoint_path, weights_only, otherwise=otherwise, mapped=live_kind is not WholeState
+            )
 
         @property
         def lightning_restore_optimizer(self) -> bool:
