@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from shardckpt.box import Box, boxes_of_range, full_box, intersect, relative_to, slices
 from shardckpt.errors import CorruptCheckpointError
 from shardckpt.planner import Wanted
-from shardckpt.reader import exchange, fetch
-from shardckpt.reader.exchange import Exchange, Part, Stored, Trial, View, Wants, wants_of
+from shardckpt.reader import exchange, fetch, gains, wants
+from shardckpt.reader.exchange import Exchange, Part
+from shardckpt.reader.gains import Trial
+from shardckpt.reader.wants import Stored, View, Wants, wants_of
 
 CELL = 64
 MIB = 1 << 20
@@ -24,7 +27,9 @@ MIB = 1 << 20
 @pytest.fixture(autouse=True, scope="module")
 def _small_cells() -> Iterator[None]:
     """Cells of 64 bytes, so that small tensors have many."""
-    with mock.patch.object(exchange, "DIGEST_BLOCK", CELL), mock.patch.object(fetch, "DIGEST_BLOCK", CELL):
+    with ExitStack() as stack:
+        for module in (exchange, fetch, gains, wants):
+            stack.enter_context(mock.patch.object(module, "DIGEST_BLOCK", CELL))
         yield
 
 
@@ -196,10 +201,10 @@ def test_rounds_keep_within_buffers(case: Case, limit: int) -> None:
         for reader, parts in current.items():
             sent = 0
             for part in parts:
-                for view in part.views:
-                    nbytes = itemsize[part.entry[0]] * sum(box.volume for box in plan.boxes(part, view))
-                    sent += nbytes if plan.views[view] != (reader,) else 0
-                    received[view] += nbytes
+                for group in plan.groups(part):
+                    nbytes = itemsize[part.entry[0]] * sum(box.volume for box in plan.boxes(part, group[0]))
+                    sent += nbytes if [plan.views[view] for view in group] != [(reader,)] else 0
+                    received.update(dict.fromkeys(group, nbytes))
             assert sent <= limit or len(parts) == 1
         assert max(received.values()) <= limit
 
@@ -280,29 +285,47 @@ def test_wants_overlap_nowhere(boxes: list[tuple[int, int, int, int]]) -> None:
 
 def test_sharing_is_tried_where_it_spares_much() -> None:
     """Neither small loads nor resharding along the saved dimension pay for an agreement."""
-    assert exchange.worthwhile(400 * MIB, 300 * MIB, 4)
-    assert exchange.worthwhile(200 * MIB, 100 * MIB, 2)
-    assert not exchange.worthwhile(40 * MIB, 30 * MIB, 4)
-    assert not exchange.worthwhile(4000 * MIB, 1000 * MIB, 4)
-    assert not exchange.worthwhile(0, 0, 4)
-    assert exchange.most_spared([{0: 10, 1: 5}, {1: 5, 2: 8}]) == 5
-    assert exchange.most_spared([{0: 10}, {1: 10}, {}]) == 0
-    assert exchange.most_spared([{0: 10}] * 3) == 20
+    assert gains.worthwhile(400 * MIB, 300 * MIB, 4, 100)
+    assert gains.worthwhile(200 * MIB, 100 * MIB, 2, 100)
+    assert not gains.worthwhile(40 * MIB, 30 * MIB, 4, 100)
+    assert not gains.worthwhile(4000 * MIB, 1000 * MIB, 4, 100)
+    assert not gains.worthwhile(0, 0, 4, 100)
+    assert gains.most_spared([{0: 10, 1: 5}, {1: 5, 2: 8}]) == 5
+    assert gains.most_spared([{0: 10}, {1: 10}, {}]) == 0
+    assert gains.most_spared([{0: 10}] * 3) == 20
 
 
 def test_the_faster_way_is_taken() -> None:
     """Rates decide, not times, and about equal is not worth ranks that wait for each other."""
-    assert exchange.exchange_is_faster(Trial(10, 2.0), Trial(40, 4.0))
-    assert not exchange.exchange_is_faster(Trial(10, 1.0), Trial(40, 4.0))
-    assert not exchange.exchange_is_faster(Trial(10, 1.1), Trial(10, 1.0))
-    assert exchange.exchange_is_faster(Trial(10, 1.2), Trial(10, 1.0))
-    assert not exchange.exchange_is_faster(Trial(10, 1.0), Trial(0, 0.0))
-    assert not exchange.exchange_is_faster(Trial(0, 0.0), Trial(10, 1.0))
+    assert gains.exchange_is_faster(Trial(10, 2.0), Trial(40, 4.0))
+    assert not gains.exchange_is_faster(Trial(10, 1.0), Trial(40, 4.0))
+    assert not gains.exchange_is_faster(Trial(10, 1.1), Trial(10, 1.0))
+    assert gains.exchange_is_faster(Trial(10, 1.2), Trial(10, 1.0))
+    assert not gains.exchange_is_faster(Trial(10, 1.0), Trial(0, 0.0))
+    assert not gains.exchange_is_faster(Trial(0, 0.0), Trial(10, 1.0))
 
 
 def test_huge_jobs_do_not_plan_for_long() -> None:
-    """A plan that takes longer than the reading that it spares is none."""
-    entry = Stored(0, 0, full_box((1 << 20,)), 1)
-    few: list[View] = [((rank,), (("t", (full_box((1 << 20,)),)),)) for rank in range(4)]
-    assert not exchange.is_too_much_work(few, lambda _: [entry])
-    assert exchange.is_too_much_work(few * 300, lambda _: [entry] * 2)
+    """A plan that takes longer than the reading that it spares is none: many parts, many views, tiny tensors."""
+    assert gains.worthwhile(400 * MIB, 300 * MIB, 4, 4800)
+    assert not gains.worthwhile(400 * MIB, 300 * MIB, 4, 4801)
+    entries = {"t": [Stored(0, 0, full_box((8 * CELL + 1,)), 1)], "s": [Stored(0, 0, full_box((4,)), 1)]}
+    demand = wants.demand_of(wants_of([Wanted("t", Box((0,), (1,))), Wanted("s", full_box((4,)))]), entries.__getitem__)
+    assert gains.parts_in(demand, entries.__getitem__) == 3
+
+
+def test_what_many_want_alike_is_in_memory_once() -> None:
+    """Ranks with tensors of their own beside a replicated one get that from one buffer, not from a copy for each."""
+    shape, ranks, limit = (400, 16), 32, 8 * CELL
+    case = Case({"all": Tensor(shape, [full_box(shape)], 4)}, [])
+    case.wanted = [[Wanted("all", full_box(shape))] for _ in range(ranks)]
+    for rank in range(ranks):
+        case.entries[f"own{rank}"] = [Stored(1, 1000 * rank, full_box((4,)), 4)]
+        case.wanted[rank].append(Wanted(f"own{rank}", full_box((4,))))
+    plan = case.plan(limit=limit)
+    assert len(plan.views) == ranks
+    for current in plan.rounds:
+        for parts in current.values():
+            assert all(plan.groups(part) == [tuple(range(ranks))] for part in parts)
+            assert sum(part.nbytes for part in parts) <= limit
+    assert len(plan.rounds) == 400 // 8

@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import shardckpt
 from shardckpt import Checkpointer, codecs, loading
-from shardckpt.reader import exchange, fetch, rounds, shards, targets, together
+from shardckpt.reader import exchange, fetch, gains, rounds, shards, targets, together, wants
 from shardckpt.storage import Storage
 from shardckpt.writer import output, streams
 from storage.wrappers import CountingStorage, FaultyStorage, WrapperStorage
@@ -40,9 +40,9 @@ NBYTES = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in TENS
 def small_scale() -> Iterator[None]:
     """Cells, rounds and thresholds of a sixteenth, so that a few MiB are shared as hundreds are."""
     small = {"DIGEST_BLOCK": CELL, "LIMIT": 1 << 20, "MIN_RANGE": CELL, "_GAIN_BYTES": 1 << 20}
-    small |= {"_TRIAL_ROUND_BYTES": 6 * CELL, "_SLACK": CELL, "_SMALL": CELL}
+    small |= {"_TRIAL_ROUND_BYTES": 6 * CELL, "_SLACK": CELL, "_SMALL": CELL, "_GAIN_BYTES_PER_PART": 1 << 10}
     with ExitStack() as stack:
-        for module in (codecs, output, streams, fetch, shards, targets, exchange, rounds, together):
+        for module in (codecs, output, streams, fetch, shards, targets, wants, gains, exchange, rounds, together):
             for name, value in small.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
@@ -208,6 +208,32 @@ def fail(rank: int, path: str, share: Any, at: int) -> str:
         load(rank, path, "columns", share)
         return str(error)
     return "loaded"
+
+
+def without_memory(rank: int, path: str) -> str:
+    """Rank 1 has no memory to exchange through; what this rank is told."""
+
+    def room(nbytes: int) -> Tensor:
+        raise MemoryError("not another byte")
+
+    live = state("plain", fill=False)
+    rounds.leave_group()  # it is in making the first that others would wait
+    try:
+        with small_scale(), ExitStack() as stack:
+            if rank == 1:
+                stack.enter_context(mock.patch.object(rounds, "_room", room))
+            Checkpointer(timeout=20, commit_timeout=20, share_reads=True).load(path, live)
+    except shardckpt.ShardckptError as error:
+        return str(error)
+    return "loaded"
+
+
+def after_an_interruption(rank: int, path: str) -> list[dict[str, Any]]:
+    """Between two loads rank 0 alone closes its group, as when it is interrupted in the middle of an exchange."""
+    first = load(rank, path, "plain")
+    if rank == 0:
+        rounds.leave_group()
+    return [first, load(rank, path, "columns")]
 
 
 def damaged(rank: int, path: str, share: Any) -> str:

@@ -97,6 +97,19 @@ def test_a_rank_that_cannot_read_stops_all(written, share, at):
     assert all("rank 1" in told[rank] for rank in (0, 2))
 
 
+def test_a_rank_without_memory_keeps_nobody_waiting(written):
+    """What a rank needs for an exchange it takes before the others begin to wait for it in collectives."""
+    for text in ranks.world(2).run(cases.without_memory, written[None]):
+        assert "not another byte" in text
+
+
+def test_a_rank_that_left_the_group_is_in_the_next(written):
+    """One rank that has no group any more makes all of them make a new one, instead of one alone."""
+    for first, second in ranks.world(2).run(cases.after_an_interruption, written[None]):
+        assert first["received"] > 0
+        assert second["received"] > 0
+
+
 @pytest.mark.parametrize("share", (True, "auto"))
 def test_damage_is_found_by_whoever_reads_it(tmp_path, written, share):
     """A damaged cell that one rank reads for all is every rank's error, which names tensor and file."""

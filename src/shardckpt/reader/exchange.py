@@ -10,7 +10,7 @@ does not need.
 
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from math import prod
 from operator import add
@@ -18,19 +18,12 @@ from typing import Final, NamedTuple
 
 from shardckpt.box import Box, boxes_of_range, intersect, relative_to
 from shardckpt.codecs import DIGEST_BLOCK
-from shardckpt.planner import Wanted, plan_load
-from shardckpt.reader.fetch import cells_of, union
+from shardckpt.reader.wants import Entry, Stored, View, cells_wanted, demand_of, nbytes_of
 
 LIMIT: Final = 16 << 20
 """Bytes that one rank sends, and that one receives, in one round. Two rounds are sent at once, so buffers hold thrice
-as much. A cell that many views want may exceed it: one cell always goes."""
+as much. A part of which many views want different elements may exceed it: one part always goes."""
 
-_GAIN: Final = 1.5
-"""How many times the stored bytes are read where each rank reads alone, from which on sharing may be worth it."""
-_GAIN_BYTES: Final = 32 << 20
-"""Bytes that each rank must be spared, on average, to be worth the agreement and the trial."""
-_MOST_WORK: Final = 4_000_000
-"""Parts times views past which the plan itself, which is made in Python, would take seconds: then nobody shares."""
 _TRIAL_SHARE: Final = 25
 """What the trial reads more than once is one part in so many of the stored bytes, or less."""
 _TRIAL_SHARE_AT_LEAST: Final = 14
@@ -47,32 +40,6 @@ _PARTS: Final = 1024
 """How many parts a plan has room for before they become longer than a cell: parts are planned one by one."""
 _MOST_CELLS: Final = 8
 """Of a part."""
-_MARGIN: Final = 1.15
-"""How much faster the exchange must be. It needs all ranks in step, and a trial is short."""
-
-Entry = tuple[str, int]
-"""A stored box: the tensor's name, and which of its boxes."""
-Wants = tuple[tuple[str, tuple[Box, ...]], ...]
-"""What one rank wants: by stored name, ascending, boxes that share no element."""
-View = tuple[tuple[int, ...], Wants]
-"""Ranks, ascending, that all want the same."""
-
-
-class Stored(NamedTuple):
-    """An entry of a shard, as far as a plan goes."""
-
-    file: int
-    """Index of its file."""
-    offset: int
-    """Byte at which it starts there."""
-    box: Box
-    itemsize: int
-    """Bytes per element."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of raw data: compressed sizes are known to those only who read them."""
-        return self.box.volume * self.itemsize
 
 
 class Part(NamedTuple):
@@ -88,89 +55,10 @@ class Part(NamedTuple):
     views: tuple[int, ...]
 
 
+Group = tuple[int, ...]
+"""Views, ascending, that want the same of an entry: what they get of it is in memory once."""
 Round = Mapping[int, Sequence[Part]]
 """What is read at the same time, by the rank that reads it."""
-
-
-class Trial(NamedTuple):
-    """How long something took on the slowest rank."""
-
-    nbytes: int
-    """Of stored data that was brought to all who want it; data that several ranks read counts once."""
-    seconds: float
-
-
-def wants_of(wanted: Iterable[Wanted]) -> Wants:
-    """Regions, of which many may be the same or overlap, as `Wants`; regions without elements are nothing."""
-    boxes: defaultdict[str, list[Box]] = defaultdict(list)
-    for name, box in wanted:
-        if box.volume:
-            left = [box]
-            for other in boxes[name]:
-                left = [rest for part in left for rest in _without(part, other)]
-            boxes[name].extend(left)
-    return tuple((name, tuple(sorted(boxes[name]))) for name in sorted(boxes))
-
-
-def _without(box: Box, other: Box) -> list[Box]:
-    """`box` without the elements of `other`, as boxes."""
-    shared = intersect(box, other)
-    if shared is None:
-        return [box]
-    found = []
-    offsets, lengths = list(box.offsets), list(box.lengths)
-    for dim, (start, length) in enumerate(zip(shared.offsets, shared.lengths, strict=True)):
-        end = offsets[dim] + lengths[dim]
-        for first, stop in ((offsets[dim], start), (start + length, end)):
-            if first < stop:
-                at, size = offsets.copy(), lengths.copy()
-                at[dim], size[dim] = first, stop - first
-                found.append(Box(tuple(at), tuple(size)))
-        offsets[dim], lengths[dim] = start, length
-    return found
-
-
-Demand = Mapping[Entry, Sequence[Box]]
-"""What is wanted of each entry, in coordinates of the whole tensor."""
-
-
-def demand_of(wants: Wants, stored: Callable[[str], Sequence[Stored]]) -> Demand:
-    """Which parts of which entries fill what is wanted; raises CorruptCheckpointError as `plan_load` does."""
-    wanted = [Wanted(name, box) for name, boxes in wants for box in boxes]
-    found: defaultdict[Entry, list[Box]] = defaultdict(list)
-    for item in plan_load(wanted, lambda name: [entry.box for entry in stored(name)]):
-        found[wanted[item.wanted].fqn, item.shard].append(item.overlap)
-    return found
-
-
-def bytes_by_file(demand: Demand, stored: Callable[[str], Sequence[Stored]]) -> dict[int, int]:
-    """Raw bytes of the cells that one rank wants, by file: what it reads if it reads alone."""
-    found: defaultdict[int, int] = defaultdict(int)
-    for (name, shard), overlaps in demand.items():
-        entry = stored(name)[shard]
-        found[entry.file] += sum(_nbytes(entry, *run) for run in _cells(entry, overlaps))
-    return found
-
-
-def most_spared(by_rank: Sequence[Mapping[int, int]]) -> int:
-    """Bytes that sharing could spare all ranks together at most, judged by how much of each file each wants."""
-    total: defaultdict[int, int] = defaultdict(int)
-    most: defaultdict[int, int] = defaultdict(int)
-    for files in by_rank:
-        for file, nbytes in files.items():
-            total[file] += nbytes
-            most[file] = max(most[file], nbytes)
-    return sum(total.values()) - sum(most.values())
-
-
-def worthwhile(alone: int, spared: int, world_size: int) -> bool:
-    """Whether sharing may be faster: `alone` bytes are read by all ranks alone, and `spared` fewer if they share."""
-    return alone >= _GAIN * (alone - spared) and spared >= _GAIN_BYTES * world_size
-
-
-def exchange_is_faster(alone: Trial, exchange: Trial) -> bool:
-    """What the trial says of the rest: whether bytes came to where they are wanted clearly faster by exchange."""
-    return alone.seconds * exchange.nbytes > _MARGIN * exchange.seconds * alone.nbytes
 
 
 class Exchange:
@@ -198,6 +86,12 @@ class Exchange:
         for number, demand in enumerate(self._demands):
             for entry in demand:
                 entries[entry].append(number)
+        # Relative to the stored box, as all that follows needs them.
+        self._inner = [
+            {entry: [relative_to(self._stored_at(entry).box, box) for box in overlaps] for entry, overlaps in d.items()}
+            for d in self._demands
+        ]
+        self._groups = {entry: self._alike(entry, views) for entry, views in entries.items()}
         size = sum(self._stored_at(entry).nbytes for entry in entries)
         cells = size // DIGEST_BLOCK
         most = max(1, min(_MOST_CELLS, cells // _PARTS, cells // _TRIAL_SHARE // world_size))
@@ -230,16 +124,29 @@ class Exchange:
         """Who wants something of a part, ascending."""
         return tuple(sorted(rank for view in part.views for rank in self.views[view]))
 
+    def is_only(self, rank: int, group: Group) -> bool:
+        """Whether nobody but ``rank`` is in a group."""
+        return len(group) == 1 and self.views[group[0]] == (rank,)
+
+    def groups(self, part: Part) -> list[Group]:
+        """The views that want something of a part, those together that want the same."""
+        return [group for group in self._groups[part.entry] if group[0] in part.views]
+
     def boxes(self, part: Part, view: int) -> Iterator[Box]:
         """What a view wants of a part, as boxes of the whole tensor, in the order in which they are passed on."""
         entry = self._stored_at(part.entry)
         ranges = boxes_of_range(entry.box.lengths, *_elements(entry, part.first, part.stop))
-        for overlap in self._demands[view][part.entry]:
-            inner = relative_to(entry.box, overlap)
+        for inner in self._inner[view][part.entry]:
             for box in ranges:
                 shared = intersect(box, inner)
                 if shared is not None:
                     yield Box(tuple(map(add, shared.offsets, entry.box.offsets)), shared.lengths)
+
+    def _alike(self, entry: Entry, views: Sequence[int]) -> list[Group]:
+        found: defaultdict[tuple[Box, ...], list[int]] = defaultdict(list)
+        for view in views:
+            found[tuple(self._demands[view][entry])].append(view)
+        return [tuple(group) for group in found.values()]
 
     def _stored_at(self, entry: Entry) -> Stored:
         name, shard = entry
@@ -254,7 +161,7 @@ class Exchange:
         stored = self._stored_at(entry)
         changes: defaultdict[int, list[tuple[int, bool]]] = defaultdict(list)
         for view in views:
-            for first, stop in _cells(stored, self._demands[view][entry]):
+            for first, stop in cells_wanted(stored, self._demands[view][entry]):
                 changes[first].append((view, True))
                 changes[stop].append((view, False))
         wanting: set[int] = set()
@@ -266,12 +173,14 @@ class Exchange:
                 who = tuple(sorted(wanting))
                 for first in range(start, end, most):
                     stop = min(first + most, end)
-                    yield Part(entry, first, stop, _nbytes(stored, first, stop), who)
+                    yield Part(entry, first, stop, nbytes_of(stored, first, stop), who)
 
     def _rounds(self, assigned: Sequence[Sequence[Part]], limit: int, *, trial: bool) -> list[Round]:
         """Each reader's parts in order, as many at a time as fit into buffers of `limit` bytes."""
         total = sum(part.nbytes for own in assigned for part in own)
-        left = {rank: deque(parts) for rank, parts in enumerate(assigned) if parts}
+        left = {
+            rank: deque((part, self._amounts(part)) for part in parts) for rank, parts in enumerate(assigned) if parts
+        }
         turns = deque(left)
         rounds: list[Round] = []
         while left:
@@ -282,18 +191,18 @@ class Exchange:
             waiting = deque(turns)
             while waiting:
                 rank = waiting.popleft()
-                part = left[rank][0]
-                amounts = [(view, self._amount(part, view)) for view in part.views]
-                sending = sent[rank] + sum(n for view, n in amounts if self.views[view] != (rank,))
+                part, amounts = left[rank][0]
+                sending = sent[rank] + sum(n for group, n in amounts if not self.is_only(rank, group))
                 fits = sending <= limit and taken + part.nbytes <= most
-                if reading and not (fits and all(received[view] + n <= limit for view, n in amounts)):
+                if reading and not (fits and all(received[v] + n <= limit for group, n in amounts for v in group)):
                     continue
                 left[rank].popleft()
                 reading[rank].append(part)
                 taken += part.nbytes
                 sent[rank] = sending
-                for view, n in amounts:
-                    received[view] += n
+                for group, n in amounts:
+                    for view in group:
+                        received[view] += n
                 if left[rank]:
                     waiting.append(rank)
                 else:
@@ -304,37 +213,16 @@ class Exchange:
             turns.rotate(-len(reading))
         return rounds
 
-    def _amount(self, part: Part, view: int) -> int:
-        """Bytes that a view wants of a part."""
+    def _amounts(self, part: Part) -> list[tuple[Group, int]]:
+        """Bytes that each group wants of a part."""
         entry = self._stored_at(part.entry)
         start, stop = _elements(entry, part.first, part.stop)
-        lengths = entry.box.lengths
-        return entry.itemsize * sum(
-            _before(lengths, inner, stop) - _before(lengths, inner, start)
-            for inner in (relative_to(entry.box, overlap) for overlap in self._demands[view][part.entry])
-        )
-
-
-def is_too_much_work(views: Sequence[View], stored: Callable[[str], Sequence[Stored]]) -> bool:
-    """Whether to make a plan for so many ranks and so much data would take longer than it may gain."""
-    names = {name for _, wants in views for name, _ in wants}
-    entries = [entry for name in names for entry in stored(name)]
-    cells = sum(entry.nbytes for entry in entries) // DIGEST_BLOCK // _MOST_CELLS
-    return (cells + len(entries)) * len(views) > _MOST_WORK
-
-
-def _cells(entry: Stored, overlaps: Sequence[Box]) -> list[tuple[int, int]]:
-    if entry.nbytes <= DIGEST_BLOCK:
-        return [(0, 1)]
-    return union(
-        run
-        for overlap in overlaps
-        for run in cells_of(entry.box.lengths, relative_to(entry.box, overlap), entry.itemsize)
-    )
-
-
-def _nbytes(entry: Stored, first: int, stop: int) -> int:
-    return min(stop * DIGEST_BLOCK, entry.nbytes) - first * DIGEST_BLOCK
+        lengths, found = entry.box.lengths, []
+        for group in self.groups(part):
+            inner = self._inner[group[0]][part.entry]
+            count = sum(_before(lengths, box, stop) - _before(lengths, box, start) for box in inner)
+            found.append((group, count * entry.itemsize))
+        return found
 
 
 def _elements(entry: Stored, first: int, stop: int) -> tuple[int, int]:

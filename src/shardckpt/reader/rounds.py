@@ -21,9 +21,10 @@ import torch.distributed as dist
 from shardckpt.box import Box, intersect
 from shardckpt.codecs import ITEMSIZE, torch_dtype
 from shardckpt.errors import RankTimeoutError
-from shardckpt.reader.exchange import LIMIT, Entry, Exchange, Part, Round
+from shardckpt.reader.exchange import LIMIT, Exchange, Group, Part, Round
 from shardckpt.reader.place import Placement, Target
 from shardckpt.reader.targets import Reading
+from shardckpt.reader.wants import Entry
 
 log = logging.getLogger(__name__)
 
@@ -94,12 +95,18 @@ def _over_group(call: Callable[[dist.ProcessGroup], T]) -> T:
         raise
 
 
-def _swap(
-    group: dist.ProcessGroup, incoming: Sequence[tuple[torch.Tensor, int]], outgoing: Sequence[tuple[torch.Tensor, int]]
-) -> None:
-    """Fill and send buffers, each from or to a rank, all at once."""
-    works = [dist.irecv(buffer, rank, group=group) for buffer, rank in incoming]
-    works += [dist.isend(buffer, rank, group=group) for buffer, rank in outgoing]
+class _Passed(NamedTuple):
+    """A buffer on its way from or to a rank."""
+
+    buffer: torch.Tensor
+    rank: int
+    tag: int
+
+
+def _swap(group: dist.ProcessGroup, incoming: Sequence[_Passed], outgoing: Sequence[_Passed]) -> None:
+    """Fill and send buffers, all at once."""
+    works = [dist.irecv(buffer, rank, group=group, tag=tag) for buffer, rank, tag in incoming]
+    works += [dist.isend(buffer, rank, group=group, tag=tag) for buffer, rank, tag in outgoing]
     for work in works:
         assert work is not None, "every rank is in the group"
         work.wait()
@@ -117,9 +124,12 @@ class _Item(NamedTuple):
 
 
 class _Message(NamedTuple):
-    """What one rank has for a view, or for one rank of it. Offsets are bytes of the buffer that it is in."""
+    """What one rank has for the ranks of a group. Offsets are bytes of the buffer that it is in."""
 
-    who: int
+    reader: int
+    group: Group
+    tag: int
+    """Which of the reader's messages of this round it is: one rank may get several."""
     items: list[_Item]
     start: int
     stop: int
@@ -129,8 +139,8 @@ class Rounds:
     """One rank's part in the rounds of an `Exchange`. All ranks call the same methods in the same order."""
 
     def __init__(self, plan: Exchange, reading: Reading, rank: int) -> None:
-        """After `join_group`."""
-        self._plan = plan
+        """Takes memory only; the rest needs `join_group`."""
+        self.plan = plan
         self._reading = reading
         self._rank = rank
         self._view = plan.view_of[rank]
@@ -184,9 +194,9 @@ class Rounds:
         parts = current.get(self._rank, ())
         messages: list[_Message] = []
         at = 0
-        for view in sorted({view for part in parts for view in part.views}):
-            if self._plan.views[view] != (self._rank,):
-                messages.append(self._message(view, parts, view, at))
+        for tag, group in enumerate(self._groups(parts)):
+            if not self.plan.is_only(self._rank, group):
+                messages.append(self._message(self._rank, parts, group, tag, at))
                 at = messages[-1].stop
         if at > len(buffer):
             buffer = self._sending[slot] = _room(at)
@@ -208,19 +218,22 @@ class Rounds:
         def swap(group: dist.ProcessGroup) -> torch.Tensor:
             at = 0
             for reader, parts in sorted(current.items()):
-                if reader != self._rank:
-                    incoming.append(self._message(reader, parts, self._view, at))
-                    at = incoming[-1].stop
+                for tag, alike in enumerate(self._groups(parts)):
+                    if reader != self._rank and self._view in alike:
+                        incoming.append(self._message(reader, parts, alike, tag, at))
+                        at = incoming[-1].stop
             if at > len(self._receiving):
                 self._receiving = _room(at)
             buffer = self._receiving
-            sends: list[tuple[torch.Tensor, int]] = []
+            sends: list[_Passed] = []
             for message in outgoing.messages:
-                ranks = [rank for rank in self._plan.views[message.who] if rank != self._rank and message.items]
+                if not message.items:  # a cell between two that are wanted, of which nothing is
+                    continue
+                ranks = [rank for view in message.group for rank in self.plan.views[view] if rank != self._rank]
                 # Everybody begins with the rank after its own: not all send to one at a time.
                 ranks.sort(key=lambda rank: (rank < self._rank, rank))
-                sends += [(outgoing.buffer[message.start : message.stop], rank) for rank in ranks]
-            receives = [(buffer[message.start : message.stop], message.who) for message in incoming if message.items]
+                sends += [_Passed(outgoing.buffer[message.start : message.stop], rank, message.tag) for rank in ranks]
+            receives = [_Passed(buffer[m.start : m.stop], m.reader, m.tag) for m in incoming if m.items]
             _swap(group, receives, sends)
             return buffer
 
@@ -244,20 +257,23 @@ class Rounds:
             if overlap is not None:
                 Placement(item.box, overlap, target, dtype).copy(raw, dtype, 0)
 
-    def _message(self, who: int, parts: Sequence[Part], view: int, at: int) -> _Message:
-        """What a view gets of parts that one rank reads, from byte `at` of a buffer on."""
+    def _groups(self, parts: Sequence[Part]) -> list[Group]:
+        return sorted({group for part in parts for group in self.plan.groups(part)})
+
+    def _message(self, reader: int, parts: Sequence[Part], group: Group, tag: int, at: int) -> _Message:
+        """What a group gets of parts that one rank reads, from byte `at` of a buffer on."""
         items: list[_Item] = []
         start = at
         for part in parts:
-            if view in part.views:
+            if group in self.plan.groups(part):
                 itemsize = ITEMSIZE[self._reading.manifest.tensors[part.entry[0]].dtype]
-                for box in self._plan.boxes(part, view):
+                for box in self.plan.boxes(part, group[0]):
                     at = -(-at // _ALIGNMENT) * _ALIGNMENT
                     stop = at + box.volume * itemsize
                     items.append(_Item(part.entry, box, at, stop))
                     at = stop
         # The same length for sender and receiver, wherever in their buffers it starts.
-        return _Message(who, items, start, -(-at // _ALIGNMENT) * _ALIGNMENT)
+        return _Message(reader, group, tag, items, start, -(-at // _ALIGNMENT) * _ALIGNMENT)
 
 
 def runs_of(parts: Iterable[Part]) -> dict[Entry, list[tuple[int, int]]]:

@@ -134,17 +134,25 @@ class Reading:
         for target in targets:
             self.targets[manifest.aliases.get(target.fqn, target.fqn)].append(target)
         self._files = _files(manifest, storage, targets)
+        self._is_ready = False
         self._of = {piece.entry: (file, piece) for file in self._files for piece in file.pieces}
 
-    @contextmanager
-    def placing(self) -> Iterator[None]:
-        """Enclose all that changes targets."""
+    def ready(self) -> None:
+        """Do what has to be done before anything is placed and may fail; `placing` does it unless it is done."""
+        if self._is_ready:
+            return
         devices = {target.tensor.device for target in self._all_targets() if target.tensor.is_cuda}
         if devices:
             self.pool.pin()
         for device in devices:
             # Threads copy on streams of their own: what training has queued on these tensors comes first.
             torch.cuda.synchronize(device)
+        self._is_ready = True
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """Enclose all that changes targets."""
+        self.ready()
         try:
             with self.mode():
                 yield

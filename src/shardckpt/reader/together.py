@@ -15,26 +15,12 @@ from shardckpt.coordinator import Operation, turn
 from shardckpt.manifest import Manifest
 from shardckpt.options import ShareReads
 from shardckpt.planner import Wanted
-from shardckpt.reader.exchange import (
-    LIMIT,
-    TRIAL_ROUNDS,
-    Exchange,
-    Part,
-    Stored,
-    Trial,
-    View,
-    Wants,
-    bytes_by_file,
-    demand_of,
-    exchange_is_faster,
-    is_too_much_work,
-    most_spared,
-    wants_of,
-    worthwhile,
-)
+from shardckpt.reader.exchange import LIMIT, TRIAL_ROUNDS, Exchange, Part
+from shardckpt.reader.gains import Trial, bytes_by_file, exchange_is_faster, most_spared, parts_in, worthwhile
 from shardckpt.reader.place import Target
 from shardckpt.reader.rounds import Rounds, has_group, join_group, runs_of
 from shardckpt.reader.targets import READ_MEMORY, Reading, ReadStats, read_targets, timed
+from shardckpt.reader.wants import Stored, View, Wants, demand_of, wants_of
 from shardckpt.staging import StagingPool
 from shardckpt.storage import BLOCK, Storage
 from shardckpt.workers import THREADS
@@ -51,6 +37,8 @@ class _Opening(msgspec.Struct, array_like=True):
     share: bool | str
     files: dict[int, int]
     """Bytes that this rank reads of each file if it reads alone."""
+    parts: int
+    """About how many parts that is to the plan."""
     digest: str
     """Of what it wants."""
 
@@ -95,17 +83,20 @@ def read_together(
             wants: Wants = ()
             if share is not False:
                 wants = wants_of(Wanted(name, t.box) for name, targets in reading.targets.items() for t in targets)
-            files = bytes_by_file(demand_of(wants, stored), stored)
+            demand = demand_of(wants, stored)
+            files = bytes_by_file(demand, stored)
             body = zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(wants))
-            said.word = msgspec.msgpack.encode(_Opening(share, files, digests_text([digest(body)])))
+            said.word = msgspec.msgpack.encode(
+                _Opening(share, files, parts_in(demand, stored), digests_text([digest(body)]))
+            )
         openings = [msgspec.msgpack.decode(word, type=_Opening) for word in said.heard]
         plan = _agree_on_plan(operation, openings, body, stored)
         rounds = None if plan is None else _join(plan, reading, operation, patience)
         with reading.placing():
-            if plan is None or rounds is None:
+            if rounds is None:
                 reading.everything()
             else:
-                _share(plan, reading, rounds, operation, patience)
+                _share(rounds, reading, operation, patience)
 
 
 def _agree_on_plan(
@@ -120,7 +111,8 @@ def _agree_on_plan(
     forced = all(opening.share is True for opening in openings)
     alone = sum(sum(opening.files.values()) for opening in openings)
     spared = most_spared([opening.files for opening in openings])
-    if not (spared if forced else worthwhile(alone, spared, operation.world_size)):
+    work = sum({opening.digest: opening.parts for opening in openings}.values())
+    if not (spared if forced else worthwhile(alone, spared, operation.world_size, work)):
         return None
     digests = [opening.digest for opening in openings]
     # What many ranks want alike crosses the wire once.
@@ -131,11 +123,9 @@ def _agree_on_plan(
         for mark in dict.fromkeys(digests):
             ranks = tuple(rank for rank, other in enumerate(digests) if other == mark)
             views.append((ranks, _unpacked(bodies[ranks[0]])))
-        if not forced and is_too_much_work(views, stored):
-            return None
         plan = Exchange(views, stored, trial=not forced, limit=LIMIT)
         spared = plan.alone - plan.union
-        if not (plan.rounds if forced else plan.trial and worthwhile(plan.alone, spared, operation.world_size)):
+        if not (plan.rounds if forced else plan.trial and worthwhile(plan.alone, spared, operation.world_size, work)):
             return None
     return plan
 
@@ -143,6 +133,8 @@ def _agree_on_plan(
 def _join(plan: Exchange, reading: Reading, operation: Operation, patience: float) -> Rounds | None:
     """What this rank needs for an exchange: memory and a group; None where some rank can't have a group."""
     with turn(operation, "rounds") as ready:
+        # Whatever may fail on one rank does so here: from now on the others wait for it in collectives.
+        reading.ready()
         rounds = Rounds(plan, reading, operation.rank)
         ready.word = b"has" if has_group() else b""
     if all(ready.heard):
@@ -152,9 +144,9 @@ def _join(plan: Exchange, reading: Reading, operation: Operation, patience: floa
     return None if b"no" in joined.heard else rounds
 
 
-def _share(plan: Exchange, reading: Reading, rounds: Rounds, operation: Operation, patience: float) -> None:
+def _share(rounds: Rounds, reading: Reading, operation: Operation, patience: float) -> None:
     """Fill the targets as planned, if that is the faster way."""
-    rank = operation.rank
+    rank, plan = operation.rank, rounds.plan
     left = plan.rounds
     if plan.trial:
         first, left = left[:TRIAL_ROUNDS], left[TRIAL_ROUNDS:]
