@@ -9,10 +9,11 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.multiprocess
+# Several processes that import torch and Lightning three times over take minutes on a busy machine.
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(450)]
 
 
-def launch(*arguments: str, timeout: float = 170, **settings: str) -> "subprocess.CompletedProcess[str]":
+def launch(*arguments: str, timeout: float = 420, **settings: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         ["bash", str(REPO / "scripts" / "launch_ddp.sh"), *arguments],
         env={**os.environ, "VENV": sys.prefix, **settings},
