@@ -51,6 +51,7 @@ class Slow:
     def __init__(self, inner: Storage, bytes_per_second: float) -> None:
         self._inner = inner
         self._bytes_per_second = bytes_per_second
+        self.read_cache = ""  # as of a network file system that each rank mounts on a host of its own
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

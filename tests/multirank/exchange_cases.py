@@ -140,15 +140,19 @@ def load(
     dtype: torch.dtype | None = None,
     slow: str | None = None,
     only: int | None = None,
+    one_host: bool = False,
 ) -> dict[str, Any]:
     """Load in place as ``kind``; what this rank read and received.
 
     ``slow`` is what takes time by the clock of the trial, "storage" or "network". ``only``: all others want nothing.
+    ``one_host``: ranks share a page cache, as they really do, and not as on hosts of their own.
     """
     counting: list[CountingStorage] = []
 
     def wrap(storage: Storage) -> Storage:
         counting.append(CountingStorage(storage))
+        if one_host:
+            counting[-1].read_cache = storage.read_cache
         return counting[-1]
 
     live = state(kind, fill=False, dtype=dtype) if only in (None, rank) else {}

@@ -69,6 +69,12 @@ def test_auto_does_what_the_trial_shows_to_be_faster(written, size):
                 assert 0 < received(results) < 0.1 * sum(result["wanted"] for result in results), kind
 
 
+def test_auto_leaves_sharing_to_the_page_cache(written):
+    """Ranks of one host read each other's bytes from the page cache, and no exchange is faster: no trial even."""
+    by_rank = ranks.world(2).run(cases.several, written[None], [("plain", "auto")], slow="storage", one_host=True)
+    assert received([result[0] for result in by_rank]) == 0
+
+
 def test_dtypes_are_converted_by_who_receives(written):
     """The stored dtype crosses between ranks, whatever the live one is."""
     results = ranks.world(2).run(cases.load, written[None], "columns", dtype=torch.float64)

@@ -15,6 +15,7 @@ class WrapperStorage:
     def __init__(self, inner: Storage) -> None:
         self.inner = inner
         self.url = inner.url
+        self.read_cache = ""  # as if it were another machine's
 
     def called(self, method: str, name: str, nbytes: int) -> None:
         """Hear of a call before it is passed on: ``method`` is ``put``, ``read_into``, ``writer.commit`` and so on."""

@@ -41,6 +41,8 @@ class _Opening(msgspec.Struct, array_like=True):
     """About how many parts that is to the plan."""
     digest: str
     """Of what it wants."""
+    cache: str
+    """Through which it reads; empty for none."""
 
 
 def read_together(
@@ -87,7 +89,7 @@ def read_together(
             files = bytes_by_file(demand, stored)
             body = zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(wants))
             said.word = msgspec.msgpack.encode(
-                _Opening(share, files, parts_in(demand, stored), digests_text([digest(body)]))
+                _Opening(share, files, parts_in(demand, stored), digests_text([digest(body)]), storage.read_cache)
             )
         openings = [msgspec.msgpack.decode(word, type=_Opening) for word in said.heard]
         plan = _agree_on_plan(operation, openings, body, stored)
@@ -109,6 +111,9 @@ def _agree_on_plan(
     if not all(opening.share for opening in openings):
         return None
     forced = all(opening.share is True for opening in openings)
+    caches = {opening.cache for opening in openings}
+    if not forced and len(caches) == 1 and caches != {""}:
+        return None  # what one reads the others have from the cache, and measured, nothing passes it on faster
     alone = sum(sum(opening.files.values()) for opening in openings)
     spared = most_spared([opening.files for opening in openings])
     work = sum({opening.digest: opening.parts for opening in openings}.values())

@@ -70,6 +70,9 @@ class Storage(Protocol):
 
     url: str
     """The place, for messages: absolute, without credentials."""
+    read_cache: str
+    """Names the memory that keeps what any process has read through it: a host's page cache. Empty where there is none,
+    and every read goes to the place itself."""
 
     def create(self, name: str, size_hint: int) -> ObjectWriter:
         """Begin a new object of about ``size_hint`` bytes (0: unknown); local storage allocates them on the disk now.

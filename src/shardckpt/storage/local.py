@@ -42,6 +42,7 @@ class LocalStorage:
         with translating("resolve", os.fspath(directory)):
             self._directory = str(_expand_user(os.fspath(directory)).absolute())
         self.url = self._directory
+        self.read_cache = posix.host()
 
     @property
     def directory(self) -> str:

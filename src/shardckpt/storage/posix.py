@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import platform
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,16 @@ PAGE = 4096
 
 # What a file system answers when it cannot reserve space or bypass the page cache, rather than failing at it.
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY, errno.ENODEV}
+
+
+@cache
+def host() -> str:
+    """Names the running kernel, and with it the page cache; containers of one host have the same."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:  # not Linux
+        return platform.node()
 
 
 def open_new(path: str) -> int:

@@ -35,6 +35,7 @@ class RemoteStorage:
 
     def __init__(self, filesystem: Any, path: str, url: str, secrets: tuple[str, ...]) -> None:
         self.url = url.rstrip("/") if not url.endswith("://") else url
+        self.read_cache = ""
         self.filesystem = filesystem
         self._root = path.rstrip("/")
         self._secrets = secrets
