@@ -689,3 +689,25 @@ def test_forked_child(tmp_path):
         [sys.executable, "-c", FORKED, str(tmp_path / "ck")], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout.splitlines() == [f"{[True] * 11} 0.0", "0 0.0"], done.stderr
+
+
+@pytest.mark.parametrize("call", (lambda: shardckpt.load({"a": 1}, "ck"), lambda: shardckpt.save("ck", {"a": 1})))
+def test_swapped_arguments(call):
+    """The path comes second in a save and first in a load: whoever mixes them up is told the order."""
+    with pytest.raises(shardckpt.UsageError, match=r"save\(state, path\) and load\(path, state\)"):
+        call()
+
+
+def test_processes_that_know_nothing_of_each_other(tmp_path, monkeypatch):
+    """Under torchrun without a process group, each process would save over the others' checkpoint in silence."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    state = {"w": torch.ones(2)}
+    for call in (lambda: shardckpt.save(state, tmp_path / "ck"), lambda: shardckpt.load(tmp_path / "ck", state)):
+        with pytest.raises(shardckpt.UsageError, match="2 processes.*init_process_group"):
+            call()
+    assert not (tmp_path / "ck").exists()
+    shardckpt.Checkpointer(alone=True).save(state, tmp_path / "ck")
+    assert shardckpt.load(tmp_path / "ck")["w"].tolist() == [1, 1]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    shardckpt.load(tmp_path / "ck", state)

@@ -18,6 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "box", "workers", "reports", "filenames"}),
     frozenset(
         {
+            "launch",
             "storage",
             "codecs",
             "safetensors_format",

@@ -773,3 +773,35 @@ def test_param_names_stay_the_live_ones(tmp_path):
     shardckpt.load(tmp_path / "ck", {"model": module, "optimizer": restored})
     assert restored.param_groups[0]["param_names"][0] == "my.0.weight"
     assert restored.param_groups[0]["lr"] == 0.1
+
+
+def test_another_kind_of_optimizer_is_a_mismatch(tmp_path):
+    """AdamW's state says nothing to SGD: it is not taken in pieces, nor its learning rate without its moments."""
+    model = torch.nn.Linear(2, 2)
+    adam = torch.optim.AdamW(model.parameters(), lr=0.005)
+    model(torch.ones(2)).sum().backward()
+    adam.step()
+    shardckpt.save({"model": model, "optimizer": adam}, tmp_path / "ck")
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(shardckpt.StateMismatchError, match=r"optimizer\.param_groups\.0: .*betas.*no .*momentum.*SGD"):
+        shardckpt.load(tmp_path / "ck", {"model": model, "optimizer": sgd})
+    report = shardckpt.load(tmp_path / "ck", {"model": model, "optimizer": sgd}, strict=False)
+    assert len(report.mismatched) == 1
+    assert not sgd.state
+    assert sgd.param_groups[0]["lr"] == 0.1
+    assert "betas" not in sgd.param_groups[0]
+
+
+def test_options_that_schedulers_and_releases_add_are_no_other_kind(tmp_path):
+    """A scheduler's own options, and those of a relative of the same hyperparameters, are taken as ever."""
+    model = torch.nn.Linear(2, 2)
+    adam = torch.optim.AdamW(model.parameters(), lr=0.005)
+    torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=0.1, total_steps=10)
+    for group in adam.param_groups:
+        del group["decoupled_weight_decay"]  # as an older torch has it
+    shardckpt.save({"model": model, "optimizer": adam}, tmp_path / "ck")
+    fresh = torch.optim.AdamW(model.parameters())
+    assert not shardckpt.load(tmp_path / "ck", {"model": model, "optimizer": fresh}).mismatched
+    assert fresh.param_groups[0]["max_lr"] == 0.1
+    relative = torch.optim.Adam(model.parameters())
+    assert not shardckpt.load(tmp_path / "ck", {"model": model, "optimizer": relative}).mismatched

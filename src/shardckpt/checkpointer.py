@@ -4,7 +4,6 @@ Save: flatten → plan → stage → write → commit. Load: manifest → plan �
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -139,7 +138,7 @@ class Checkpointer:
     ) -> PendingSave:
         called = time.monotonic()
         chosen = save_options or self._save_options
-        operation = self._begin(f"save({os.fspath(path)!r})")
+        operation = self._begin(f"save({options.path_text(path)!r})")
         with turn(operation, "open") as opening:
             place = commit.checkpoint_path(path)
             storage = open_storage(place, self._options(storage_options))
@@ -311,7 +310,7 @@ class Checkpointer:
     ) -> OpenCheckpoint:
         """Read the manifest of a checkpoint; ``collective``: rank 0 reads it, and all ranks get the same one."""
         self._background.wait()
-        operation = self._begin(f"load({os.fspath(path)!r})") if collective else coordinator.begin_alone()
+        operation = self._begin(f"load({options.path_text(path)!r})") if collective else coordinator.begin_alone()
         place, storage, manifest = loading.read_manifest(path, self._options(storage_options), operation)
         return OpenCheckpoint(
             place,

@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 import msgspec
 import torch.distributed as dist
 
-from shardckpt import errors
+from shardckpt import errors, launch
 from shardckpt.errors import ConflictingStateError, RankTimeoutError, ShardckptError
 from shardckpt.wordstore import WordStore
 
@@ -76,11 +76,15 @@ class Operation(Protocol):
 
 
 def begin(call: str, *, timeout: float) -> Operation:
-    """Start an operation named ``call`` with all ranks of the default process group, or alone without one."""
+    """Start an operation named ``call`` with all ranks of the default process group, or alone without one.
+
+    Raises UsageError where there should be one: torchrun has started several processes.
+    """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
         words = WordStore(store, store, call)
         return _StoreOperation(words, _next_number(store), call, dist.get_rank(), dist.get_world_size(), timeout)
+    launch.check_group(call)
     return _SoloOperation()
 
 

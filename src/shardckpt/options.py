@@ -41,6 +41,16 @@ class SaveOptions:
         )
 
 
+def path_text(path: Any) -> str:
+    """``path`` as text."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(
+            f"a path is text or an os.PathLike, not {type(path).__name__}. The order is save(state, path) and"
+            " load(path, state)."
+        )
+    return os.fspath(path)
+
+
 def codec(compression: Any) -> tuple[str, int] | None:
     """The codec and its level, or None."""
     if compression is None:

@@ -14,7 +14,7 @@ from shardckpt.state import names, values
 from shardckpt.state.beside import as_part, like_parameter
 from shardckpt.state.leaves import is_distributed, is_meta
 from shardckpt.state.materialise import host_of, like
-from shardckpt.state.param_groups import conflicts, holders_of
+from shardckpt.state.param_groups import conflicts, holders_of, unlike
 from shardckpt.state.skeleton import optimizer_node, tensor_name
 from shardckpt.state.subtree import rename_parameters
 
@@ -66,6 +66,10 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
         body["param_groups"][found[0]] if found else None if group_names else next(empty, None)
         for found, group_names in zip(holders, live_names, strict=True)
     ]
+    others = unlike(optimizer, saved_groups, groups_path)
+    if others:
+        match.differences.mismatched += others
+        return lambda: live
     step_on_device = {
         name: saved is not None and _counts_on_device(saved["options"])
         for group_names, saved in zip(live_names, saved_groups, strict=True)

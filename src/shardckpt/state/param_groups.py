@@ -1,8 +1,12 @@
-"""Which saved param groups a live one takes its options from. Pure: names and JSON."""
+"""Which saved param groups a live one takes its options from, and whether it can. Pure: names and JSON."""
 
+import functools
+import inspect
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from shardckpt.state import names, values
 
@@ -50,6 +54,34 @@ def conflicts(
                 f" checkpoint, which differ in {', '.join(sorted(differ))}; all would take those of group {indices[0]}"
             )
     return lines
+
+
+def unlike(optimizer: torch.optim.Optimizer, saved_groups: Sequence[Mapping[str, Json] | None], path: str) -> list[str]:
+    """A line for each live param group whose options in the checkpoint are those of another kind of optimizer.
+
+    That is so where they lack one of this optimizer's, and have one that it does not know but another of torch's has.
+    An option that a later release has added, or a scheduler, is no sign of another kind.
+    """
+    lines = []
+    for place, (live, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        options = _options(saved).keys() if saved is not None else set[str]()
+        lacking = optimizer.defaults.keys() - options
+        foreign = (options - optimizer.defaults.keys() - live.keys()) & _known_options()
+        if options and lacking and foreign:
+            lines.append(
+                f"{names.child_path(path, place)}: {', '.join(sorted(foreign))} in the checkpoint, but"
+                f" no {', '.join(sorted(lacking))}: not those of {type(optimizer).__name__}, which is here"
+            )
+    return lines
+
+
+@functools.cache
+def _known_options() -> frozenset[str]:
+    """What the constructors of torch's optimizers take."""
+    kinds = [kind for kind in vars(torch.optim).values() if inspect.isclass(kind)]
+    return frozenset(
+        name for kind in kinds if issubclass(kind, torch.optim.Optimizer) for name in inspect.signature(kind).parameters
+    )
 
 
 def _options(group: Mapping[str, Json]) -> dict[str, Json]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shardckpt.errors import LoadFailedError
+from shardckpt.errors import LoadFailedError, UsageError
 from shardckpt.state import names
 from shardckpt.state.skeleton import MAX_DEPTH, per_rank_place
 
@@ -42,6 +42,10 @@ class PerRank:
 
     value: Any
     resize: Resize | None = field(default=None, kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and not callable(self.resize):
+            raise UsageError(f"PerRank: resize is a function of (values, rank, world_size), not {self.resize!r}")
 
 
 class Here(NamedTuple):
