@@ -261,6 +261,23 @@ def replaced(kind: str) -> Any:
     return torch.equal(loaded["state_dict"]["net.0.weight"], weight / 2), torch.equal(saved, kept)
 
 
+def marked(kind: str) -> Any:
+    """A callback marks what differs by rank: each rank's is saved, and whoever loads gets them all, by rank."""
+    seen = []
+
+    class Marking(L.callbacks.Callback):  # type: ignore[misc]
+        def state_dict(self) -> dict[str, Any]:
+            return {"own": shardckpt.PerRank({"rng": torch.full((2,), float(RANK)), "at": RANK})}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            seen.extend([value["rng"].tolist(), value["at"]] for value in state["own"])
+
+    folder = FOLDER / f"marked-{kind}"
+    fit(kind, folder, callbacks=[Marking()], checkpoint={"filename": "a"}, max_epochs=1)
+    fit(kind, folder, callbacks=[Marking()], ckpt_path=folder / "a.ckpt", max_epochs=2, limit_train_batches=2)
+    return seen
+
+
 def stock(kind: str) -> Any:
     """What Lightning wrote without the plugin, in its own way, resumes with it."""
     folder = FOLDER / f"stock-{kind}"
@@ -481,6 +498,7 @@ CASES: dict[str, Callable[..., Any]] = {
         continued,
         touched,
         replaced,
+        marked,
         stock,
         ordinary,
         hostile,

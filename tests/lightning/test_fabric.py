@@ -98,6 +98,13 @@ def test_a_rank_that_fails_is_everyones_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("kind", ("ddp", "fsdp2"))
+def test_values_that_differ_by_rank(kind: str, tmp_path: Path) -> None:
+    """What is marked with ``PerRank`` comes back to each rank as its own, in place."""
+    assert ranks.world(2).run(fabric_cases.marked, str(tmp_path), kind) == [[0, True], [1, True]]
+
+
+@pytest.mark.multiprocess
 def test_an_optimizer_that_shards_itself(tmp_path: Path) -> None:
     """``ZeroRedundancyOptimizer`` gets back on each rank the part that the rank had."""
     for before, after in ranks.world(2).run(fabric_cases.shards_itself, str(tmp_path)):

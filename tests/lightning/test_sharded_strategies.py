@@ -54,7 +54,7 @@ def two(folder: Path, single: dict[str, str], s3_server: S3Server, s3_client: An
     cases = [f"write:{kind}" for kind in WRITERS] + [f"resume:{kind}" for kind in WRITERS]
     cases += [f"{case}:{kind}" for case in CASES for kind in SHARDING]
     cases += ["stock:tp", "ordinary:fsdp2", "ordinary:fsdp1", "hostile:fsdp2"]
-    cases += ["replaced:fsdp2", "on_s3:fsdp2", "on_s3:fsdp1"]
+    cases += ["marked:fsdp2", "replaced:fsdp2", "on_s3:fsdp2", "on_s3:fsdp1"]
     cases += [f"touched:{kind}" for kind in ("fsdp2", "tp", "fsdp1", "fsdp1-flat")]
     return job(2, folder, cases, environment=environment)
 
@@ -103,6 +103,11 @@ def test_hooks_see_whole_tensors(kind: str, two: ddp_job.Outcomes) -> None:
 def test_hooks_may_replace_what_is_saved(two: ddp_job.Outcomes) -> None:
     """Sharded tensors that a hook or a callback puts into a checkpoint are saved by every rank's part."""
     assert two.of("replaced:fsdp2") == [[True, True]] * 2
+
+
+def test_what_callbacks_mark_differs_by_rank(two: ddp_job.Outcomes) -> None:
+    """Under a sharding strategy too every rank's marked value is saved, and nobody gets rank 0's for its own."""
+    assert two.of("marked:fsdp2") == [[[[0.0, 0.0], 0], [[1.0, 1.0], 1]]] * 2
 
 
 @pytest.mark.parametrize(("kind", "is_folder"), [("fsdp2", True), ("fsdp1", True), ("tp", False)])

@@ -181,6 +181,19 @@ def part_ways(rank: int, folder: str) -> None:
             assert before.items() <= digests(model, optimizer).items()
 
 
+def marked(rank: int, folder: str, kind: str) -> list[Any]:
+    """Values that differ by rank, through Fabric: saved, and restored in place."""
+    with quiet():
+        made = fabric(kind)
+        model, optimizer = trained(made)
+        path = Path(folder) / kind
+        made.save(path, {"model": model, "optimizer": optimizer, "rng": shardckpt.PerRank({"n": torch.tensor([rank])})})
+        live = {"model": model, "optimizer": optimizer, "rng": shardckpt.PerRank({"n": torch.tensor([-1])})}
+        inner = live["rng"].value["n"]
+        made.load(path, live)
+        return [inner.item(), live["rng"].value["n"] is inner]
+
+
 def shards_itself(rank: int, folder: str) -> tuple[dict[str, str], dict[str, str]]:
     """A ``ZeroRedundancyOptimizer``, whose whole state only rank 0 gets to see; before and after."""
     from torch.distributed.optim import ZeroRedundancyOptimizer

@@ -59,14 +59,14 @@ def conflicts(
 def unlike(optimizer: torch.optim.Optimizer, saved_groups: Sequence[Mapping[str, Json] | None], path: str) -> list[str]:
     """A line for each live param group whose options in the checkpoint are those of another kind of optimizer.
 
-    That is so where they lack one of this optimizer's, and have one that it does not know but another of torch's has.
+    That is so where they lack one of this optimizer's and have one that it lacks, of those that torch's optimizers know.
     An option that a later release has added, or a scheduler, is no sign of another kind.
     """
     lines = []
     for place, (live, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         options = _options(saved).keys() if saved is not None else set[str]()
-        lacking = optimizer.defaults.keys() - options
-        foreign = (options - optimizer.defaults.keys() - live.keys()) & _known_options()
+        lacking = (live.keys() - options) & _known_options()
+        foreign = (options - live.keys()) & _known_options()
         if options and lacking and foreign:
             lines.append(
                 f"{names.child_path(path, place)}: {', '.join(sorted(foreign))} in the checkpoint, but"
@@ -77,11 +77,11 @@ def unlike(optimizer: torch.optim.Optimizer, saved_groups: Sequence[Mapping[str,
 
 @functools.cache
 def _known_options() -> frozenset[str]:
-    """What the constructors of torch's optimizers take."""
+    """What the constructors of torch's optimizers take, less what they call their parameters."""
     kinds = [kind for kind in vars(torch.optim).values() if inspect.isclass(kind)]
     return frozenset(
         name for kind in kinds if issubclass(kind, torch.optim.Optimizer) for name in inspect.signature(kind).parameters
-    )
+    ) - {"params"}
 
 
 def _options(group: Mapping[str, Json]) -> dict[str, Json]:
