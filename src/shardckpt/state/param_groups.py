@@ -59,7 +59,7 @@ def conflicts(
 def unlike(optimizer: torch.optim.Optimizer, saved_groups: Sequence[Mapping[str, Json] | None], path: str) -> list[str]:
     """A line for each live param group whose options in the checkpoint are those of another kind of optimizer.
 
-    That is so where they lack one of this optimizer's and have one that it lacks, of those that torch's optimizers know.
+    That is so where they lack one of this optimizer's and have one that it lacks, of those that torch's know.
     An option that a later release has added, or a scheduler, is no sign of another kind.
     """
     lines = []
