@@ -118,6 +118,7 @@ def test_every_plain_value_comes_back_as_it_was(value):
     [
         -0.0, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.nan, complex(-0.0, math.nan),
         (1 << 53) + 1, -(1 << 64), 7**9000, -(7**9000), True, 1, 1.0, "", "$tensor", "\ud800", "\0", b"", b"\0",
+        "\ud800\udc00", pathlib.Path("\ud800\udc00"),
         numpy.str_(""), numpy.bytes_(b"a\0"), numpy.str_("a\0"), numpy.datetime64("2020-01-01"),
         numpy.timedelta64(3, "s"), numpy.float64(-0.0), numpy.longdouble(1) / 3, numpy.uint64((1 << 64) - 1),
         numpy.complex64(1j), numpy.float16(0.1), pathlib.Path("a/\udce4b"), pathlib.PurePosixPath("/x"),

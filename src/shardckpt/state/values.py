@@ -9,6 +9,7 @@ stands as an object with a single key that starts with ``$``:
     {"$tuple": [...]}     {"$set": [...]}     {"$frozenset": [...]}
     {"$dict": [[k, v]]}   {"$ordered": [[k, v]]}   {"$counter": [[k, v]]}   {"$defaultdict": [factory, [[k, v]]]}
     {"$int": "..."}       {"$float": "nan"}   {"$complex": ["re", "im"]}   {"$bytes": base64}   {"$str": base64}
+    {"$utf32": base64}
     {"$size": [...]}      {"$dtype": "..."}   {"$device": "..."}   {"$numpy": [dtype, base64]}
     {"$path": "..."}      {"$purepath": ["PurePosixPath", "..."]}
     {"$datetime": iso}    {"$date": iso}      {"$time": iso}       {"$timedelta": [days, seconds, microseconds]}
@@ -61,7 +62,11 @@ def _encode_str(value: str) -> Json:
     try:
         value.encode()
     except UnicodeEncodeError:
-        return {"$str": base64.b64encode(value.encode("utf-16-le", "surrogatepass")).decode()}
+        units = value.encode("utf-16-le", "surrogatepass")
+        if units.decode("utf-16-le", "surrogatepass") == value:
+            return {"$str": base64.b64encode(units).decode()}
+        # Two surrogates that stand side by side by chance would come back as the one character that they make.
+        return {"$utf32": base64.b64encode(value.encode("utf-32-le", "surrogatepass")).decode()}
     return value
 
 
@@ -147,8 +152,12 @@ def _decode_numpy(argument: list[str]) -> Any:
 
 def _decode_str(node: Json) -> str:
     """A string, or the node of one that is no UTF-8."""
-    value = node if isinstance(node, str) else _DECODERS["$str"](node["$str"])
-    return str(value)
+    if isinstance(node, str):
+        return node
+    tag = tag_of(node)
+    if tag not in ("$str", "$utf32"):
+        raise ValueError(f"{node!r} is no text")
+    return str(_DECODERS[tag](node[tag]))
 
 
 def _decode_int(argument: str) -> int:
@@ -184,6 +193,7 @@ _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
     "$complex": _decode_complex,
     "$bytes": lambda argument: base64.b64decode(argument, validate=True),
     "$str": lambda argument: base64.b64decode(argument, validate=True).decode("utf-16-le", "surrogatepass"),
+    "$utf32": lambda argument: base64.b64decode(argument, validate=True).decode("utf-32-le", "surrogatepass"),
     "$size": torch.Size,
     "$dtype": _decode_dtype,
     "$device": torch.device,
