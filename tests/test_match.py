@@ -213,3 +213,26 @@ def test_a_deep_state_and_a_cyclic_live_state(tmp_path):
     cyclic["x"]["again"] = cyclic
     cyclic["keys"].append(cyclic["keys"])
     shardckpt.load(tmp_path / "ck", cyclic, strict=False)
+
+
+def test_a_sparse_tensor_is_not_replaced_by_another_kind(tmp_path):
+    """A live sparse tensor takes a stored one of its layout and shape, and nothing else unasked."""
+    dense, sparse = torch.eye(3), torch.eye(3).to_sparse()
+    shardckpt.save({"a": dense, "b": sparse, "c": sparse}, tmp_path / "ck")
+    live = {"a": sparse * 0, "b": sparse * 0, "c": torch.zeros(3, 4).to_sparse()}
+    with pytest.raises(
+        shardckpt.StateMismatchError, match=r"a: sparse_coo of shape \(3, 3\) here, no sparse"
+    ) as caught:
+        shardckpt.load(tmp_path / "ck", live)
+    assert "c: sparse_coo of shape (3, 4) here, sparse_coo of shape (3, 3) in the checkpoint" in str(caught.value)
+    assert "b:" not in str(caught.value)
+    assert len(shardckpt.load(tmp_path / "ck", live, strict=False).mismatched) == 2
+    assert torch.equal(live["b"].to_dense(), dense)
+    assert live["a"].is_sparse
+
+
+def test_a_load_that_finds_nothing_says_so(tmp_path, caplog):
+    """With ``strict=False`` a mistyped key would otherwise train from scratch in silence."""
+    shardckpt.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "ck")
+    shardckpt.load(tmp_path / "ck", {"net": torch.nn.Linear(2, 2)}, strict=False)
+    assert "no tensor was restored" in caplog.text

@@ -183,6 +183,10 @@ class OpenCheckpoint:
         # In a turn of its own: a module's loading code may hold collectives, and wait for a rank that could not read.
         with turn(operation, "place", self._patience), _telling(self.path, lambda: True):
             place()
+        if not strict and self.manifest.tensors and not match.restored:
+            log.warning(
+                "%s has nothing for this state: no tensor was restored, and strict=False lets that pass", self.path
+            )
         left_on_meta = [name for name, tensor in on_meta if tensor.is_meta]
         if left_on_meta:
             log.warning(

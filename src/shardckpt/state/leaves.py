@@ -57,6 +57,12 @@ def is_raw_tensor(value: Any) -> bool:
     )
 
 
+def sparse_kind(value: Tensor) -> str:
+    """What a sparse tensor is, in words: its layout and shape. Empty for any other tensor."""
+    layout = str(value.layout).removeprefix("torch.")
+    return f"{layout} of shape {tuple(value.shape)}" if layout.startswith("sparse_") else ""
+
+
 def is_uninitialised(value: Any) -> bool:
     """Whether a tensor is a lazy module's parameter that has no shape yet."""
     # By type: `isinstance` asks their metaclass, which is slow for each of 20,000 tensors.

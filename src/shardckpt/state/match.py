@@ -26,6 +26,7 @@ from shardckpt.state.leaves import (
     local_tensor,
     memory_key,
     overlaps_itself,
+    sparse_kind,
 )
 from shardckpt.state.materialise import install, like, why_not
 from shardckpt.state.meshes import Meshes
@@ -148,6 +149,11 @@ class Match(Maker):
     def tensor(self, live: Tensor, node: Json, path: str, owner: Tensor | None = None) -> Thunk:
         """As `match`. ``owner`` is the tensor itself where ``live``, being on the meta device, only describes it."""
         if not is_raw_tensor(live) or is_uninitialised(live):
+            here, saved = sparse_kind(live), node["$sparse"] if values.tag_of(node) == "$sparse" else None
+            there = "no sparse tensor" if saved is None else f"{saved['layout']} of shape {tuple(saved['size'])}"
+            if here and here != there:
+                self.differences.mismatched.append(f"{path}: {here} here, {there} in the checkpoint")
+                return lambda: live
             return self.new(node, path)
         name = tensor_name(node)
         if name is None:
