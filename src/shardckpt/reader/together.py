@@ -35,14 +35,19 @@ class _Opening(msgspec.Struct, array_like=True):
     """What each rank says first."""
 
     share: bool | str
+    cache: str
+    """Through which it reads; empty for none."""
+
+
+class _Asking(msgspec.Struct, array_like=True):
+    """What each rank says of what it wants, where ranks may share."""
+
     files: dict[int, int]
     """Bytes that this rank reads of each file if it reads alone."""
     parts: int
     """About how many parts that is to the plan."""
     digest: str
     """Of what it wants."""
-    cache: str
-    """Through which it reads; empty for none."""
 
 
 def read_together(
@@ -70,7 +75,7 @@ def read_together(
         if operation.world_size == 1:
             read_targets(manifest, storage, prepare(), pool=pool, convert_dtype=convert_dtype, stats=stats)
             return
-        with turn(operation, "wants") as said:
+        with turn(operation, "share") as said:
             reading = Reading(
                 manifest,
                 storage,
@@ -81,18 +86,12 @@ def read_together(
                 convert_dtype=convert_dtype,
                 stats=stats,
             )
-            stored = _stored_in(manifest)
-            wants: Wants = ()
-            if share is not False:
-                wants = wants_of(Wanted(name, t.box) for name, targets in reading.targets.items() for t in targets)
-            demand = demand_of(wants, stored)
-            files = bytes_by_file(demand, stored)
-            body = zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(wants))
-            said.word = msgspec.msgpack.encode(
-                _Opening(share, files, parts_in(demand, stored), digests_text([digest(body)]), storage.read_cache)
-            )
+            said.word = msgspec.msgpack.encode(_Opening(share, storage.read_cache))
         openings = [msgspec.msgpack.decode(word, type=_Opening) for word in said.heard]
-        plan = _agree_on_plan(operation, openings, body, stored)
+        forced = all(opening.share is True for opening in openings)
+        plan = None
+        if forced or _may_gain(openings):
+            plan = _agree_on_plan(operation, reading, _stored_in(manifest), forced=forced)
         rounds = None if plan is None else _join(plan, reading, operation, patience)
         with reading.placing():
             if rounds is None:
@@ -101,25 +100,33 @@ def read_together(
                 _share(rounds, reading, operation, patience)
 
 
+def _may_gain(openings: Sequence[_Opening]) -> bool:
+    """Whether all ranks allow sharing, and don't have it anyway.
+
+    What one rank reads the others have from a cache that they share, and measured, nothing passes it on faster.
+    """
+    caches = {opening.cache for opening in openings}
+    return all(opening.share for opening in openings) and (len(caches) > 1 or caches == {""})
+
+
 def _agree_on_plan(
-    operation: Operation,
-    openings: Sequence[_Opening],
-    body: bytes,
-    stored: Callable[[str], Sequence[Stored]],
+    operation: Operation, reading: Reading, stored: Callable[[str], Sequence[Stored]], *, forced: bool
 ) -> Exchange | None:
     """The plan of an exchange; None where there will be none. The same on all ranks."""
-    if not all(opening.share for opening in openings):
-        return None
-    forced = all(opening.share is True for opening in openings)
-    caches = {opening.cache for opening in openings}
-    if not forced and len(caches) == 1 and caches != {""}:
-        return None  # what one reads the others have from the cache, and measured, nothing passes it on faster
-    alone = sum(sum(opening.files.values()) for opening in openings)
-    spared = most_spared([opening.files for opening in openings])
-    work = sum({opening.digest: opening.parts for opening in openings}.values())
+    with turn(operation, "wants") as said:
+        wants = wants_of(Wanted(name, t.box) for name, targets in reading.targets.items() for t in targets)
+        demand = demand_of(wants, stored)
+        body = zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(wants))
+        said.word = msgspec.msgpack.encode(
+            _Asking(bytes_by_file(demand, stored), parts_in(demand, stored), digests_text([digest(body)]))
+        )
+    askings = [msgspec.msgpack.decode(word, type=_Asking) for word in said.heard]
+    alone = sum(sum(asking.files.values()) for asking in askings)
+    spared = most_spared([asking.files for asking in askings])
+    work = sum({asking.digest: asking.parts for asking in askings}.values())
     if not (spared if forced else worthwhile(alone, spared, operation.world_size, work)):
         return None
-    digests = [opening.digest for opening in openings]
+    digests = [asking.digest for asking in askings]
     # What many ranks want alike crosses the wire once.
     is_first = digests.index(digests[operation.rank]) == operation.rank
     bodies = operation.agree("wanted", body if is_first else b"")
