@@ -22,6 +22,7 @@ from shardckpt.state.leaves import (
     is_distributed,
     is_raw_tensor,
     is_uninitialised,
+    layout_name,
     local_tensor,
     memory_key,
 )
@@ -220,7 +221,7 @@ class _Flattener:
             raise UnserialisableError(
                 f"parameter {path!r} is lazy and has no shape yet; run the module once before saving."
             )
-        if _layout(value) in SPARSE_PARTS and not value.is_quantized and not value.is_nested:
+        if layout_name(value) in SPARSE_PARTS and not value.is_quantized and not value.is_nested:
             return self._sparse(value, path, split)
         if not is_raw_tensor(value):
             return self._object(value, path)
@@ -252,7 +253,7 @@ class _Flattener:
         return names.unique(path, lambda name: name in found.tensors or name in found.aliases or name in found.objects)
 
     def _sparse(self, value: Tensor, path: str, split: bool) -> Json:
-        layout = _layout(value)
+        layout = layout_name(value)
         is_coo = value.layout is torch.sparse_coo
         # The public accessors of a COO tensor refuse one that is not coalesced.
         parts = {
@@ -395,7 +396,3 @@ def _module_versions(state_dict: Mapping[str, Any]) -> dict[str, int]:
     """The versions that modules' own loading code asks for (BatchNorm's does), where they are not the usual 1."""
     versions = {name: entry.get("version") for name, entry in (getattr(state_dict, "_metadata", None) or {}).items()}
     return {name: version for name, version in versions.items() if type(version) is int and version != 1}
-
-
-def _layout(value: Tensor) -> str:
-    return str(value.layout).removeprefix("torch.")

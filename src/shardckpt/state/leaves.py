@@ -57,10 +57,9 @@ def is_raw_tensor(value: Any) -> bool:
     )
 
 
-def sparse_kind(value: Tensor) -> str:
-    """What a sparse tensor is, in words: its layout and shape. Empty for any other tensor."""
-    layout = str(value.layout).removeprefix("torch.")
-    return f"{layout} of shape {tuple(value.shape)}" if layout.startswith("sparse_") else ""
+def layout_name(value: Tensor) -> str:
+    """A tensor's layout as the skeleton names it."""
+    return str(value.layout).removeprefix("torch.")
 
 
 def is_uninitialised(value: Any) -> bool:

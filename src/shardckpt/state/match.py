@@ -6,7 +6,7 @@ it.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,17 +23,17 @@ from shardckpt.state.leaves import (
     is_meta,
     is_raw_tensor,
     is_uninitialised,
+    layout_name,
     local_tensor,
     memory_key,
     overlaps_itself,
-    sparse_kind,
 )
 from shardckpt.state.materialise import install, like, why_not
 from shardckpt.state.meshes import Meshes
 from shardckpt.state.modules import match_module
 from shardckpt.state.optimizers import match_optimizer
 from shardckpt.state.per_rank import WRAP_IT, Here, Offer, PerRank, holders, match_per_rank
-from shardckpt.state.skeleton import contains_tensor, per_rank_place, per_rank_places, tensor_name
+from shardckpt.state.skeleton import SPARSE_PARTS, contains_tensor, per_rank_place, per_rank_places, tensor_name
 from shardckpt.state.subtree import tensor_places
 
 Json = Any
@@ -149,12 +149,16 @@ class Match(Maker):
     def tensor(self, live: Tensor, node: Json, path: str, owner: Tensor | None = None) -> Thunk:
         """As `match`. ``owner`` is the tensor itself where ``live``, being on the meta device, only describes it."""
         if not is_raw_tensor(live) or is_uninitialised(live):
-            here, saved = sparse_kind(live), node["$sparse"] if values.tag_of(node) == "$sparse" else None
-            there = "no sparse tensor" if saved is None else f"{saved['layout']} of shape {tuple(saved['size'])}"
-            if here and here != there:
-                self.differences.mismatched.append(f"{path}: {here} here, {there} in the checkpoint")
-                return lambda: live
-            return self.new(node, path)
+            if layout_name(live) not in SPARSE_PARTS:
+                return self.new(node, path)
+            here = _sparse(layout_name(live), live.shape)
+            there = "no sparse tensor"
+            if values.tag_of(node) == "$sparse":
+                there = _sparse(node["$sparse"]["layout"], node["$sparse"]["size"])
+            if here == there:
+                return self.new(node, path)
+            self.differences.mismatched.append(f"{path}: {here} here, {there} in the checkpoint")
+            return lambda: live
         name = tensor_name(node)
         if name is None:
             found = {
@@ -355,3 +359,7 @@ def holds_live(value: Any) -> bool:
         elif names.is_stateful(item):
             return True
     return False
+
+
+def _sparse(layout: str, shape: Sequence[int]) -> str:
+    return f"{layout} of shape {tuple(shape)}"
