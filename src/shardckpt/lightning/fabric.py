@@ -160,15 +160,6 @@ def sharded(base: Any) -> Any:
             return super().load_checkpoint(text, state, strict=strict, weights_only=weights_only)  # type: ignore[no-any-return]
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            # The class exists in no module, so a pickle names the class that it was made from.
-            return (_new, (base,), vars(self))
+            return (flavours.new_bound, (sharded, base), vars(self))
 
-    Bound.__name__ = Bound.__qualname__ = f"Sharded{base.__name__}"
-    Bound.__doc__ = f"`{base.__name__}`, every process of which writes its own shard of each checkpoint."
-    Bound.__module__ = __name__
-    return Bound
-
-
-def _new(base: Any) -> Any:
-    bound = sharded(base)
-    return bound.__new__(bound)
+    return flavours.name_bound(Bound, base, __name__)

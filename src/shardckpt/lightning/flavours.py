@@ -147,3 +147,17 @@ def refuse_deepspeed(strategy_class: type) -> None:
 
 
 _PACKAGES: Final = tuple(f"{package}." for flavour in ALL for package in (flavour.pytorch, flavour.fabric))
+
+
+def name_bound(bound: Any, base: Any, module: str) -> Any:
+    """Give ``bound``, the subclass of a strategy class whose instances are bound, its name and docstring."""
+    bound.__name__ = bound.__qualname__ = f"Sharded{base.__name__}"
+    bound.__doc__ = f"`{base.__name__}`, every process of which writes its own shard of each checkpoint."
+    bound.__module__ = module
+    return bound
+
+
+def new_bound(make: Callable[[Any], Any], base: Any) -> Any:
+    """An empty instance of what ``make`` makes of ``base``: a class in no module, so that pickles name these two."""
+    bound = make(base)
+    return bound.__new__(bound)

@@ -230,18 +230,9 @@ def sharded(base: Any) -> Any:
             return {key: value for key, value in state.items() if not key.startswith("_shardckpt_")}
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            # The class exists in no module, so a pickle names the class that it was made from.
-            return (_new, (base,), self.__getstate__())
+            return (flavours.new_bound, (sharded, base), self.__getstate__())
 
-    Bound.__name__ = Bound.__qualname__ = f"Sharded{base.__name__}"
-    Bound.__doc__ = f"`{base.__name__}`, every process of which writes its own shard of each checkpoint."
-    Bound.__module__ = __name__
-    return Bound
-
-
-def _new(base: Any) -> Any:
-    bound = sharded(base)
-    return bound.__new__(bound)
+    return flavours.name_bound(Bound, base, __name__)
 
 
 def _is_plain(part: Any, index: int, optimizer: torch.optim.Optimizer) -> bool:
