@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import toy
 
+from shardckpt import commit
+from shardckpt.errors import StorageError
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -31,3 +34,18 @@ def lightning() -> Any:
 @pytest.fixture(scope="session")
 def Toy(lightning: Any) -> Any:  # noqa: N802 - it is a class
     return toy.module_class(lightning)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Commits to a path that holds one of these names fail, as on a full disk."""
+    names: list[str] = []
+    publish = commit.publish
+
+    def refusing(storage: Any, *args: Any) -> None:
+        if any(name in storage.url for name in names):
+            raise StorageError(f"no room for {storage.url}")
+        publish(storage, *args)
+
+    monkeypatch.setattr(commit, "publish", refusing)
+    return names

@@ -143,27 +143,9 @@ def full(value: Any) -> Any:
     return value
 
 
-def recorder() -> Any:
-    class Recorder(L.callbacks.Callback):  # type: ignore[misc]
-        position = (-1, -1)
-
-        def __init__(self) -> None:
-            self.start: dict[str, str] = {}
-            self.end: dict[str, str] = {}
-
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.start = digests(trainer)
-            self.position = (trainer.current_epoch, trainer.global_step)
-
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            self.end = digests(trainer)
-
-    return Recorder()
-
-
 def fit(kind: str, folder: Path | str, *, model: Any = None, ckpt_path: Any = None, **options: Any) -> Any:
     L.seed_everything(1, verbose=False)
-    record = recorder()
+    record = toy.recorder(L, digests)
     weights_only = options.pop("weights_only", None)
     callbacks = [*options.pop("callbacks", []), record]
     options = {"strategy": strategy(kind), "devices": WORLD} | options

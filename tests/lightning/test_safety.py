@@ -10,23 +10,7 @@ import torch
 import toy
 
 from shardckpt import commit, read_tensor
-from shardckpt.errors import StorageError
 from shardckpt.lightning import ShardedCheckpointIO
-
-
-@pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Commits to a path that holds one of these names fail, as on a full disk."""
-    names: list[str] = []
-    publish = commit.publish
-
-    def refusing(storage: Any, *args: Any) -> None:
-        if any(name in storage.url for name in names):
-            raise StorageError(f"no room for {storage.url}")
-        publish(storage, *args)
-
-    monkeypatch.setattr(commit, "publish", refusing)
-    return names
 
 
 def weight(path: Path) -> torch.Tensor:

@@ -13,7 +13,6 @@ import torch
 import toy
 
 from shardckpt import SaveFailedError, commit
-from shardckpt.errors import StorageError
 from shardckpt.lightning import ShardedCheckpointIO, plugin
 
 
@@ -30,21 +29,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     monkeypatch.setattr(commit, "publish", waiting)
     yield opened
     opened.set()
-
-
-@pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Commits to a path that holds one of these names fail, as on a full disk."""
-    names: list[str] = []
-    publish = commit.publish
-
-    def refusing(storage: Any, *args: Any) -> None:
-        if any(name in storage.url for name in names):
-            raise StorageError(f"no room for {storage.url}")
-        publish(storage, *args)
-
-    monkeypatch.setattr(commit, "publish", refusing)
-    return names
 
 
 def test_last_shares_the_files_of_the_checkpoint_before(tmp_path: Path, lightning: Any, Toy: Any) -> None:

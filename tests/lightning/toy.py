@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def recorder(lightning: Any) -> Any:
+def recorder(lightning: Any, digests: Callable[[Any], dict[str, str]] = digests) -> Any:
     """A callback that keeps the digests and the position at the start and the end of training."""
 
     class Recorder(lightning.callbacks.Callback):  # type: ignore[misc]
