@@ -1,5 +1,6 @@
 """What a benchmark's record says about the machine and the software, so that a figure can be judged later."""
 
+import json
 import os
 import platform
 from importlib.metadata import version
@@ -24,6 +25,13 @@ def versions() -> dict[str, str]:
     """Of Python and of the packages that take part."""
     names = ("shardckpt", "torch", "xxhash", "zstandard", "msgspec", "fsspec")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def keep(record: dict[str, Any], path: Path) -> None:
+    """Write a benchmark's record, and say where it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"record: {path}")
 
 
 def _lines(path: str) -> list[str]:

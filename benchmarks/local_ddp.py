@@ -10,7 +10,6 @@ The first repetition is a warm-up: recorded, and left out of the medians. The re
 
 import argparse
 import datetime
-import json
 import os
 import shutil
 import time
@@ -33,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.nn.parallel import DistributedDataParallel
 
 import shardckpt
-from environment import machine, versions
+from environment import keep, machine, versions
 from raw_disk import RawDisk, drop_from_cache
 
 WIDTH = 2048
@@ -251,15 +250,12 @@ def main() -> None:
     if bench.rank == 0:
         shutil.rmtree(args.dir, ignore_errors=True)
         found = record(bench, args)
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"local_ddp-{args.gib:g}GiB-{bench.world}ranks.json"
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         for name, result in found["results"].items():
             speed = f"{result['gb_per_second']:6.2f} GB/s" if "gb_per_second" in result else ""
             print(f"{name:40}{result['median_seconds']:9.3f} s {speed}")
         for name, ratio in found["ratios"].items():
             print(f"{name:60}{ratio:7.1f}x")
-        print(f"record: {path}")
+        keep(found, args.out / f"local_ddp-{args.gib:g}GiB-{bench.world}ranks.json")
     dist.destroy_process_group()
 
 

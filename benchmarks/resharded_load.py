@@ -14,7 +14,6 @@ record goes to ``benchmarks/results/``.
 
 import argparse
 import datetime
-import json
 import os
 import shutil
 import time
@@ -33,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import shardckpt
-from environment import machine, versions
+from environment import keep, machine, versions
 from raw_disk import drop_from_cache
 from shardckpt import loading
 from shardckpt.options import ShareReads
@@ -218,15 +217,12 @@ def main() -> None:
     if bench.rank == 0:
         shutil.rmtree(args.dir, ignore_errors=True)
         found = record(bench, args)
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"resharded_load-{args.mib}MiB-{bench.world}ranks.json"
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         for name, result in found["results"].items():
             seconds = result["median_seconds"]
             print(f"{name:50}{seconds:9.3f} s {bench.nbytes / seconds / 1e9:6.2f} GB/s")
         for name, ratio in found["ratios"].items():
             print(f"{name:60}{ratio:7.2f}x")
-        print(f"record: {path}")
+        keep(found, args.out / f"resharded_load-{args.mib}MiB-{bench.world}ranks.json")
     dist.barrier()
     dist.destroy_process_group()
 
