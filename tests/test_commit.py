@@ -19,7 +19,9 @@ import torch
 
 import shardckpt
 from shardckpt import Checkpointer, checkpointer, commit, coordinator, filenames
+from shardckpt.background import Background
 from shardckpt.commit import clearing
+from shardckpt.saving import halves
 from shardckpt.storage import Storage, open_storage
 from storage.wrappers import FaultyStorage, SlowStorage, WrapperStorage
 
@@ -477,10 +479,77 @@ def test_a_failed_plan_is_everybodys_failure(tmp_path, monkeypatch):
     def broken(*_: Any, **__: Any) -> Any:
         raise shardckpt.UsageError("too many tensors for one file")
 
-    monkeypatch.setattr(checkpointer, "ShardWriter", broken)
+    monkeypatch.setattr(halves, "ShardWriter", broken)
     engine = Checkpointer()
     pending = engine.async_save(state(1), tmp_path / "ck")
     with pytest.raises(shardckpt.SaveFailedError, match="too many tensors"):
+        pending.result(30)
+    assert not (tmp_path / "ck").exists()
+    monkeypatch.undo()
+    engine.save(state(1), tmp_path / "ck")
+    assert found(tmp_path / "ck") == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "is_warm", "expected"),
+    [
+        (None, True, ["staged", "write"]),
+        (None, False, ["write", "staged"]),
+        (16 << 20, True, ["write", "staged"]),
+        (40 << 20, True, ["staged", "write"]),
+    ],
+)
+def test_writing_waits_for_staging_where_memory_allows(tmp_path, monkeypatch, limit, is_warm, expected):
+    """The caller waits for copies alone; where memory is short, or has yet to be touched, blocks must come back."""
+    events: list[str] = []
+    begun = threading.Event()
+    original_open, original_stage = checkpointer.open_storage, halves.stage
+
+    def stage(*args: Any, **kwargs: Any) -> None:
+        # A save that writes beside staging has begun before; one that doesn't would never begin.
+        begun.wait(10 if expected[0] == "write" else 0)
+        original_stage(*args, **kwargs)
+        events.append("staged")
+
+    class Noting(WrapperStorage):
+        def called(self, method: str, name: str, nbytes: int) -> None:
+            if method == "create":
+                events.append("write")
+                begun.set()
+
+    monkeypatch.setattr(checkpointer, "open_storage", lambda *args: Noting(original_open(*args)))
+    monkeypatch.setattr(halves, "stage", stage)
+    engine = Checkpointer(staging_limit=limit)
+    tensors = {"a": torch.arange(7 << 20, dtype=torch.int32)}
+    if is_warm:
+        engine._pool.reserve(40 << 20)
+    engine.async_save(tensors, tmp_path / "ck").result(30)
+    assert events == expected
+    assert torch.equal(shardckpt.load(tmp_path / "ck")["a"], tensors["a"])
+    engine.close()
+
+
+def test_a_save_warms_memory_for_the_next(tmp_path):
+    """Only the first save of a process touches memory, and it doesn't wait for all of that."""
+    engine = Checkpointer()
+    engine.async_save({"a": torch.zeros(20 << 20, dtype=torch.uint8)}, tmp_path / "ck").result(30)
+    until = time.monotonic() + 30
+    while engine._pool.nbytes < 24 << 20 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert engine._pool.nbytes == 24 << 20
+    engine.close()
+
+
+def test_a_save_that_gets_no_thread_fails_on_all_ranks(tmp_path, monkeypatch):
+    """A process at its limit of threads joins the verdict in the caller's thread; nobody waits for it in vain."""
+
+    def refuse(self: Any, job: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    engine = Checkpointer()
+    monkeypatch.setattr(Background, "submit", refuse)
+    pending = engine.async_save(state(1), tmp_path / "ck")
+    with pytest.raises(shardckpt.SaveFailedError, match="can't start new thread"):
         pending.result(30)
     assert not (tmp_path / "ck").exists()
     monkeypatch.undo()

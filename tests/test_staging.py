@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shardckpt.errors import UsageError
-from shardckpt.staging import Block, Budget, Source, StagingPool, stage
+from shardckpt.staging import Block, Budget, Source, StagingPool, copy_memory, copying, stage
 from shardckpt.staging.copying import _Filler
 from shardckpt.storage import BLOCK
 from shards import in_order, noise, raw, source
@@ -24,7 +24,9 @@ def pool() -> Iterator[StagingPool]:
     pool.close()
 
 
-def staged(sources: list[Source], pool: StagingPool, *, limit: int | None = None, offset: int = 0) -> torch.Tensor:
+def staged(
+    sources: list[Source], pool: StagingPool, *, limit: int | None = None, offset: int = 0, threads: int = 1
+) -> torch.Tensor:
     """The stream that staging makes of `sources`; blocks are released as they come."""
     parts: list[torch.Tensor] = []
 
@@ -32,7 +34,7 @@ def staged(sources: list[Source], pool: StagingPool, *, limit: int | None = None
         parts.append(block.tensor[0 if parts else offset : block.filled].clone())
         block.release()
 
-    stage(sources, pool, limit=limit, first_block_offset=offset, emit=emit)
+    stage(sources, pool, limit=limit, first_block_offset=offset, emit=emit, threads=threads)
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
 
@@ -135,7 +137,8 @@ def test_forked_child_gets_a_clear_error(pool: StagingPool) -> None:
     assert pool.take() is not None
 
 
-def test_stream_is_the_sources_back_to_back(pool: StagingPool) -> None:
+@pytest.mark.parametrize(("threads", "limit"), [(1, None), (3, None), (3, BLOCK), (3, 3 * BLOCK)])
+def test_stream_is_the_sources_back_to_back(pool: StagingPool, threads: int, limit: int | None) -> None:
     """Every layout of memory arrives as the elements in row-major order, small and large, over block boundaries."""
     large = noise(1500, 2001)
     sources = [
@@ -157,7 +160,7 @@ def test_stream_is_the_sources_back_to_back(pool: StagingPool) -> None:
     for offset in (0, 4096, BLOCK - 4096):
         sources = in_order(sources)
         expected = torch.cat([raw(item.tensor) for item in sources])
-        assert torch.equal(staged(sources, pool, offset=offset), expected)
+        assert torch.equal(staged(sources, pool, offset=offset, threads=threads, limit=limit), expected)
 
 
 def test_unaligned_streams_are_right_too(pool: StagingPool) -> None:
@@ -257,7 +260,24 @@ def test_device_copies_overlap(pool: StagingPool, limit: int | None, ahead: int)
     assert pool.nbytes == BLOCK * (1 + ahead)
 
 
-def test_failed_emit_leaks_no_block(pool: StagingPool) -> None:
+def test_a_block_is_emitted_after_its_copies(pool: StagingPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several threads too, whoever writes a block never sees it half full, however slow one copy is."""
+    tensor = noise(4 * BLOCK, dtype=torch.uint8)
+    others = threading.Semaphore(0)
+
+    def slow_first(to: int, source: int, nbytes: int) -> None:
+        if source == tensor.data_ptr():
+            # The copies of later blocks are done before that of the first.
+            assert all(others.acquire(timeout=30) for _ in range(3))
+        copy_memory(to, source, nbytes)
+        others.release()
+
+    monkeypatch.setattr(copying, "copy_memory", slow_first)
+    assert torch.equal(staged([source("a", tensor)], pool, threads=4), tensor)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_failed_emit_leaks_no_block(pool: StagingPool, threads: int) -> None:
     """After a failed save the pool is whole: its memory serves the next."""
     seen = 0
 
@@ -274,11 +294,12 @@ def test_failed_emit_leaks_no_block(pool: StagingPool) -> None:
             stage(
                 [source("a", torch.zeros(5 * BLOCK, dtype=torch.uint8))],
                 pool,
-                limit=BLOCK,
+                limit=threads * BLOCK,
                 first_block_offset=0,
                 emit=emit,
+                threads=threads,
             )
-    assert pool.nbytes == BLOCK
+    assert pool.nbytes == threads * BLOCK
 
 
 def test_failed_copy_leaks_no_block(pool: StagingPool) -> None:

@@ -4,7 +4,6 @@ Save: flatten → plan → stage → write → commit. Load: manifest → plan �
 """
 
 import logging
-import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -12,23 +11,22 @@ from typing import Any, Final
 
 import msgspec
 
-from shardckpt import commit, coordinator, filenames, loading, options, saving
+from shardckpt import commit, coordinator, loading, options, saving
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, turn
-from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError
+from shardckpt.errors import RankTimeoutError, ShardckptError
 from shardckpt.loading import OpenCheckpoint
 from shardckpt.options import Compression, Path, SaveOptions, ShareReads
 from shardckpt.relocation import MapLocation
 from shardckpt.reports import SaveReport
-from shardckpt.saving import AliasJob, Job, Opening, SaveJob, Structure
-from shardckpt.staging import StagingPool, stage
+from shardckpt.saving import AliasJob, Job, Opening, Structure
+from shardckpt.staging import StagingPool
 from shardckpt.state import Flattened, KeyMap, Prefix, flatten
 from shardckpt.storage import open_storage
-from shardckpt.writer import ShardWriter
 
 log = logging.getLogger(__name__)
 
-SYNC_MEMORY: Final = 256 << 20
+SYNC_MEMORY: Final = 128 << 20
 """Bytes of staging memory that a synchronous save uses: it need not hold the whole shard."""
 
 _RESTARTS: Final = 3
@@ -195,7 +193,7 @@ class Checkpointer:
             owner=self._background,
         )
         if source is None:
-            self._last = self._write(order, flat, chosen.codec, memory)
+            self._last = saving.write(order, flat, chosen.codec, pool=self._pool, memory=memory, submit=self._submit)
         else:
             self._last = AliasJob(order, source)
             pending.mark_staged()
@@ -215,37 +213,14 @@ class Checkpointer:
         pending = self._last.order.pending
         return not pending.done() or (pending.succeeded() and self._last.is_there())
 
-    def _write(
-        self, order: saving.Order, flat: Flattened, codec: tuple[str, int] | None, memory: int | None
-    ) -> SaveJob:
-        """Start the background half of a save, and stage this rank's part for it."""
-        save_id, rank = order.pending.save_id, order.operation.rank
-        name = filenames.shard_name(rank, save_id)
-        try:
-            sources = saving.sources(order.structure.plan, flat)
-            writer = ShardWriter(order.storage, name, save_id, rank, sources, pool=self._pool, codec=codec)
-            job = SaveJob(order, writer)
-            self._submit(job)
-        except Exception as error:  # noqa: BLE001 - the others are under way: this rank has to join them and say so
-            job = SaveJob(order, error)
-            job.run()
-            self._jobs.append(job)
-            return job
-        try:
-            stage(sources, self._pool, limit=memory, first_block_offset=writer.first_block_offset, emit=writer.emit)
-        except Exception as error:  # noqa: BLE001 - the background tells all ranks, this one too: one verdict
-            writer.cancel(error)
-        except BaseException as error:
-            writer.cancel(SaveFailedError(f"staging was interrupted by {type(error).__name__}"))
-            raise
-        else:
-            writer.finish()
-        order.pending.mark_staged()
-        return job
-
     def _submit(self, job: Job) -> None:
-        self._background.submit(job.run)
         self._jobs.append(job)
+        try:
+            self._background.submit(job.run)
+        except RuntimeError as error:
+            # No thread can be started. The others are under way, so this rank has to join them and say so.
+            job.cancel(error)
+            job.run()
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
@@ -363,8 +338,7 @@ class Checkpointer:
         self._background.check_fork()
         rank, world_size = (0, 1) if self._alone else coordinator.rank_and_world_size()
         nbytes = saving.bytes_to_stage(_flatten(state, self._save_options, rank), world_size)
-        wanted = nbytes if self._staging_limit is None else min(nbytes, self._staging_limit)
-        threading.Thread(target=self._pool.reserve, args=(wanted,), name="shardckpt-prepare", daemon=True).start()
+        self._pool.warm(nbytes if self._staging_limit is None else min(nbytes, self._staging_limit))
 
     def wait(self) -> None:
         """Until nothing is in flight. Raises the SaveFailedError that nobody has been told of yet."""

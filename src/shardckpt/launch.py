@@ -1,10 +1,26 @@
 """How this process was started, as far as it tells of others."""
 
 import os
+from typing import Final
 
 import torch.distributed as dist
 
 from shardckpt.errors import UsageError
+
+_RANKS_HERE: Final = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
+"""Where launchers say how many ranks they have started on this host: torchrun, and Slurm."""
+
+
+def cores_per_rank(world_size: int) -> int:
+    """How many cores each rank of this host may keep busy, at least one.
+
+    Where nobody says how many ranks are on this host, all are taken to be: rather too few threads than too many. A
+    launcher that binds each rank to its own cores has them counted once too often, which is as harmless.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    said = (os.environ.get(name, "") for name in _RANKS_HERE)
+    ranks = next((int(text) for text in said if text.isdigit() and int(text)), world_size)
+    return max(1, cores // ranks)
 
 
 def check_group(call: str) -> None:

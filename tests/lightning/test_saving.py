@@ -242,18 +242,18 @@ def test_slurm_requeues_only_a_complete_checkpoint(tmp_path: Path, lightning: An
 
 def test_a_signal_during_a_save(tmp_path: Path, lightning: Any, Toy: Any, monkeypatch: Any) -> None:
     """A handler that saves while its own thread is inside another save does not hang, and both are complete."""
-    from shardckpt import checkpointer
+    from shardckpt.saving import halves
 
-    stage = checkpointer.stage
+    stage = halves.stage
 
     class Saving(lightning.callbacks.Callback):  # type: ignore[misc]
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             def interrupted(*args: Any, **kwargs: Any) -> None:
-                monkeypatch.setattr(checkpointer, "stage", stage)
+                monkeypatch.setattr(halves, "stage", stage)
                 trainer.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt")
                 stage(*args, **kwargs)
 
-            monkeypatch.setattr(checkpointer, "stage", interrupted)
+            monkeypatch.setattr(halves, "stage", interrupted)
             trainer.save_checkpoint(tmp_path / "outer.ckpt")
 
     toy.trainer(lightning, tmp_path, callbacks=[Saving()], max_epochs=1).fit(Toy(), toy.loader())

@@ -1,5 +1,6 @@
 """One save, from a flattened state to the commit: what is said between ranks, and what the background does."""
 
+from shardckpt.saving.halves import write
 from shardckpt.saving.jobs import AliasJob, Job, Order, SaveJob
 from shardckpt.saving.own import Own, describe, own_sources
 from shardckpt.saving.structure import (
@@ -31,4 +32,5 @@ __all__ = [
     "sources",
     "speaks",
     "structure_key",
+    "write",
 ]

@@ -112,6 +112,10 @@ class Job:
         """Do it, and resolve the pending save; never raises."""
         raise NotImplementedError
 
+    def cancel(self, error: Exception) -> None:
+        """Have `run` do nothing but tell all ranks of ``error``. Comes before `run` or while it waits for blocks."""
+        raise NotImplementedError
+
     def _finish(self, report: SaveReport) -> None:
         """Clear up what the checkpoint replaces, now that all ranks know of it, and resolve the pending save."""
         order = self.order
@@ -147,6 +151,10 @@ class SaveJob(Job):
         self.committed = None
         self.shards_of = order.pending.save_id
         self._writer: ShardWriter | Exception | None = writer
+
+    def cancel(self, error: Exception) -> None:
+        if isinstance(self._writer, ShardWriter):
+            self._writer.cancel(error)
 
     def run(self) -> None:
         order = self.order
@@ -225,12 +233,18 @@ class AliasJob(Job):
         self.shards_of = source.shards_of
         self._source = source
         self._linked: list[str] = []
+        self._refusal: Exception | None = None
+
+    def cancel(self, error: Exception) -> None:
+        self._refusal = error
 
     def run(self) -> None:
         order, source = self.order, self._source.order.pending
         rank = order.operation.rank
         word: bytes | Exception
         try:
+            if self._refusal is not None:
+                raise self._refusal
             if not source.succeeded():
                 raise SaveFailedError(f"the save to {source.path}, whose shards it shares, failed.")
             word = self._own_values()

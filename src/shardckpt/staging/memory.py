@@ -59,6 +59,11 @@ def copy_memory(to: int, source: int, nbytes: int) -> None:
         ctypes.memmove(to, source, nbytes)
 
 
+def blocks_for(nbytes: int) -> int:
+    """How many blocks hold so many bytes."""
+    return -(-nbytes // BLOCK)
+
+
 class Block:
     """`BLOCK` bytes of pool memory that start on a huge page."""
 
@@ -124,10 +129,14 @@ class StagingPool:
     def reserve(self, nbytes: int) -> None:
         """Grow to at least `nbytes` and touch every page, so that no save pays for it: a GiB may take a second.
 
-        Meant for a thread of its own; it ends early when the pool is closed.
+        It ends early when the pool is closed.
         """
         while self._touched * BLOCK < nbytes and not self._closed:
             self.give(self._touch_another())
+
+    def warm(self, nbytes: int) -> None:
+        """`reserve` in the background."""
+        threading.Thread(target=self.reserve, args=(nbytes,), name="shardckpt-warm", daemon=True).start()
 
     def pin(self) -> None:
         """From now on hand out only blocks that CUDA devices copy to and from without a detour, where there is CUDA."""
