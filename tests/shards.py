@@ -140,6 +140,7 @@ def small_grid() -> Iterator[None]:
         shardckpt.codecs,
         shardckpt.staging.memory,
         shardckpt.staging.copying,
+        shardckpt.writer.cells,
         shardckpt.writer.output,
         shardckpt.writer.streams,
         shardckpt.reader.fetch,

@@ -75,27 +75,6 @@ def test_text_that_is_no_digests(text: str) -> None:
         codecs.parse_digests(text)
 
 
-@given(CUT)
-def test_digests_do_not_depend_on_how_bytes_arrive(pieces: list[bytes]) -> None:
-    """The writer cuts entries by file blocks, the verifier by digest blocks; both must agree."""
-    with mock.patch.object(codecs, "DIGEST_BLOCK", SMALL_BLOCK):
-        digester = codecs.EntryDigester()
-        for _ in range(2):
-            for piece in pieces:
-                digester.update(memoryview(piece))
-            whole = b"".join(pieces)
-            blocks = [whole[at : at + SMALL_BLOCK] for at in range(0, len(whole), SMALL_BLOCK)]
-            assert digester.finish() == [codecs.digest(block) for block in blocks] == codecs.block_digests(whole)
-
-
-def test_tensor_memory_is_digested_in_place() -> None:
-    """A view of another item type counts as its bytes."""
-    data = torch.arange(10, dtype=torch.int32)
-    digester = codecs.EntryDigester()
-    digester.update(memoryview(data.numpy()))
-    assert digester.finish() == [codecs.digest(data.numpy().tobytes())]
-
-
 @given(CUT, st.integers(1, 5))
 def test_frames_hold_one_block_each(pieces: list[bytes], level: int) -> None:
     """A part of a compressed tensor can be read by its frames alone, however its bytes reached the encoder."""

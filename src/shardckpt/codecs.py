@@ -122,44 +122,6 @@ def parse_digests(text: str) -> list[int]:
     return list(struct.unpack(f">{len(data) // 8}Q", data))
 
 
-class EntryDigester:
-    """The block digests of one entry, whose bytes pass by in consecutive pieces of any size.
-
-    Not thread-safe; pieces come in order.
-    """
-
-    def __init__(self) -> None:
-        self._digests: list[int] = []
-        self._open = xxhash.xxh3_64()
-        self._filled = 0
-
-    def update(self, data: Buffer) -> None:
-        """Take the next bytes of the entry."""
-        view = memoryview(data).cast("B")
-        while view:
-            room = DIGEST_BLOCK - self._filled
-            if self._filled == 0 and len(view) >= room:
-                self._digests.append(digest(view[:room]))
-            else:
-                self._open.update(view[:room])
-                self._filled += min(room, len(view))
-                if self._filled == DIGEST_BLOCK:
-                    self._close()
-            view = view[room:]
-
-    def finish(self) -> list[int]:
-        """The digests of everything taken, the last block's being as short as it is. Begins a new entry."""
-        if self._filled:
-            self._close()
-        digests, self._digests = self._digests, []
-        return digests
-
-    def _close(self) -> None:
-        self._digests.append(self._open.intdigest())
-        self._open.reset()
-        self._filled = 0
-
-
 # zstandard's contexts must not be used by two threads at once, and cost more to make than a small frame to encode.
 _contexts = threading.local()
 

@@ -39,11 +39,16 @@ class Output:
         """Have a thread call `job`."""
         self._workers.submit(job)
 
-    def put(self, offset: int, block: Block) -> None:
-        """Have a thread write the filled part of `block` at file offset `offset` and then release the block."""
+    def put(self, offset: int, block: Block, before: Callable[[], None] | None = None) -> None:
+        """Have a thread call `before`, write the filled part of `block` at file offset `offset` and release the block.
+
+        `before` is called even if something has gone wrong, since that of a later block may wait for it.
+        """
 
         def write() -> None:
             try:
+                if before is not None:
+                    before()
                 if self.error is None:
                     self._begun.write(offset, block.memory[: block.filled])
             finally:

@@ -96,7 +96,8 @@ class ShardWriter:
             with self._out.writing(self._stream.size_hint):
                 for block in self._emitted():
                     self._stream.add(block)
-                stored = self._stream.finish()
+                self._stream.finish()
+            stored = self._stream.stored()
             self._out.commit()
         except BaseException as error:
             self._fail(error)
