@@ -3,9 +3,13 @@
 import json
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+TAKING_PART = ("shardckpt", "torch", "xxhash", "msgspec", "fsspec", "s3fs", "safetensors", "lightning", "moto")
+PEERS = ("torchsnapshot", "torch_checkpointing")
+"""Looked for, and never installed by us."""
 
 
 def machine(folder: Path) -> dict[str, Any]:
@@ -23,8 +27,12 @@ def machine(folder: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that take part."""
-    names = ("shardckpt", "torch", "xxhash", "zstandard", "msgspec", "fsspec")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in (*TAKING_PART, *PEERS)}}
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def keep(record: dict[str, Any], path: Path) -> None:
@@ -32,6 +40,13 @@ def keep(record: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"record: {path}")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _lines(path: str) -> list[str]:

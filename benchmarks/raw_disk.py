@@ -88,3 +88,12 @@ def drop_from_cache(folder: Path) -> None:
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(file)
+
+
+def read_into_cache(folder: Path) -> None:
+    """Read every file below ``folder`` once, so that all of it is in the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.read(BLOCK):
+                    pass

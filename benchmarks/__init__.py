@@ -1,0 +1,1 @@
+"""What saving and loading cost, measured against what a user would otherwise run: ``python -m benchmarks --list``."""

@@ -1,0 +1,78 @@
+"""Loads in place, cold and from the page cache, of sharded, replicated and huge parameters.
+
+Every contender loads what it saved, into a state that was overwritten, and the result is compared byte for byte. Cold:
+the files have been dropped from the page cache. Hot: all of them have been read into it. The limit reads the bytes of
+the checkpoint once, however many ranks want them.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench import Bench
+from benchmarks.contenders import Contender, loaders
+from benchmarks.options import Launch, Options, size_text
+from benchmarks.raw_disk import RawDisk
+from benchmarks.record import Target
+from benchmarks.states import State, training
+from benchmarks.suites import save
+from benchmarks.suites.save import RAW
+
+COLD, HOT = "load, cold", "load, hot"
+TARGETS = (
+    Target("cold load ≥ 0.85 of the raw read limit", (COLD, RAW), (COLD, "shardckpt"), at_least=0.85),
+    Target("cold load ≥ 1.8x DCP's", (COLD, "DCP"), (COLD, "shardckpt"), at_least=1.8),
+    Target("hot load ≥ 1.5x DCP's", (HOT, "DCP"), (HOT, "shardckpt"), at_least=1.5),
+)
+
+
+def launches(options: Options) -> Iterable[Launch]:
+    return save.launches(options)
+
+
+def work(bench: Bench, *, layout: str, gib: float) -> None:
+    held = gib * 2**30 / (bench.world if layout == "sharded" else 1)
+    setting = f"{layout}, {size_text(gib)}, {bench.world} ranks"
+    if not bench.room_for(int(held * 1.25), setting):
+        return
+    state = training(layout, gib)
+    contenders = loaders(bench.dcp_group, bench.options.storage)
+    bench.clear()
+    for name, contender in contenders.items():
+        if bench.options.wants(name):
+            contender.save(state, bench.place(name))
+    acts = {name: loading(bench, name, setting, contender, state) for name, contender in contenders.items()}
+    if bench.options.storage == "local":
+        acts[RAW] = raw_read(bench, setting, state)
+    bench.rounds(acts)
+
+
+def loading(bench: Bench, name: str, setting: str, contender: Contender, state: State) -> Any:
+    """One cold and one hot load, each verified."""
+    expected = state.fingerprint()
+    place = bench.place(name)
+    phases = {COLD: bench.forget, HOT: bench.warm} if bench.options.storage == "local" else {"load": bench.forget}
+
+    def once() -> None:
+        for what, ready in phases.items():
+            state.scramble()
+            ready(place)
+            with bench.timed(what, setting, name, nbytes=state.nbytes):
+                contender.load(state, place)
+            save.check(state, expected, name)
+
+    return once
+
+
+def raw_read(bench: Bench, setting: str, state: State) -> Any:
+    """The same bytes by the same processes with nothing done to them."""
+    disk = RawDisk()
+    path = Path(bench.place(f"raw-{bench.rank}"))
+    disk.write(path, -(-state.nbytes // bench.world))
+
+    def once() -> None:
+        bench.forget(str(bench.options.folder))
+        with bench.timed(COLD, setting, RAW, nbytes=state.nbytes):
+            disk.read(path)
+
+    return once

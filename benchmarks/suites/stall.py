@@ -1,0 +1,90 @@
+"""How long async_save keeps training waiting, in the first save of a process and in later ones, against memcpy.
+
+Every repeat of every contender is a job of its own: a first save happens once in a process, and staging memory of one
+contender would be in the way of another. In each job the first save counts as such, the second is a warm-up, and the
+third is the steady state. The limit copies the bytes that a rank has to write into memory that is warm.
+"""
+
+import ctypes
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from benchmarks.bench import Bench
+from benchmarks.contenders import ASYNC, PreparedShardckpt, async_contender
+from benchmarks.environment import cores
+from benchmarks.options import Launch, Options, size_text
+from benchmarks.raw_disk import huge_buffer
+from benchmarks.record import Target
+from benchmarks.states import LAYOUTS, State, training
+
+FIRST, STEADY, DURABLE = "async_save blocks, first", "async_save blocks, steady", "async_save, until durable, steady"
+MEMCPY = "memcpy"
+TARGETS = (
+    Target("steady stall ≤ 1/5 of DCP's in its best mode", (STEADY, "shardckpt"), (STEADY, "DCP"), at_most=1 / 5),
+    Target("steady stall ≥ 0.7 of memcpy speed", (STEADY, MEMCPY), (STEADY, "shardckpt"), at_least=0.7),
+    Target("first stall ≤ 1/10 of DCP's, prepared", (FIRST, "shardckpt, prepared"), (FIRST, "DCP"), at_most=1 / 10),
+    Target("first stall ≤ 1/10 of DCP's, unprepared", (FIRST, "shardckpt"), (FIRST, "DCP"), at_most=1 / 10),
+)
+
+
+def launches(options: Options) -> Iterable[Launch]:
+    for gib in options.sizes(small=1 / 16, full=(2, 6)):
+        for layout in filter(options.wants_layout, LAYOUTS if options.size == "full" else ("sharded",)):
+            if layout == "huge" and gib > 2:
+                continue
+            names = [name for name in (*ASYNC, MEMCPY) if options.wants(name)]
+            for repeat in range(1, options.repeats + 1):
+                turn = repeat % max(1, len(names))
+                for name in names[turn:] + names[:turn]:
+                    arguments = {"layout": layout, "gib": gib, "name": name, "repeat": repeat}
+                    yield Launch(options.ranks or 2, arguments)
+
+
+def work(bench: Bench, *, layout: str, gib: float, name: str, repeat: int) -> None:
+    bench.repeat = repeat
+    setting = f"{layout}, {size_text(gib)}, {bench.world} ranks"
+    held = gib * 2**30 / (bench.world if layout == "sharded" else 1)
+    # DCP stages all that a rank holds, we what it writes.
+    if not bench.room_for(int(held * (2 if name.startswith("DCP") else 1.6)), f"{setting}, {name}"):
+        return
+    state = training(layout, gib)
+    if name == MEMCPY:
+        copy_into_warm_memory(bench, setting, state)
+        return
+    contender = async_contender(name, bench.dcp_group)
+    if isinstance(contender, PreparedShardckpt):
+        contender.prepare(state)
+    for what in (FIRST, "async_save blocks, second", STEADY):
+        bench.clear()
+        # Two blocks: the inner ends when training may go on, the outer when the checkpoint is there.
+        with bench.timed(what.replace("blocks", "until durable"), setting, name, nbytes=state.nbytes):
+            with bench.timed(what, setting, name, nbytes=state.nbytes):
+                pending = contender.start(state, bench.place("checkpoint"))
+            pending.result()
+    contender.close()
+
+
+def copy_into_warm_memory(bench: Bench, setting: str, state: State) -> None:
+    """The limit: each rank copies the bytes that it would write, with as many threads as it has cores."""
+    share = state.nbytes // bench.world
+    blocks: list[tuple[int, int]] = []
+    for _, tensor in state.tensors():
+        if tensor.device.type == "cuda":
+            tensor = tensor.cpu()
+        nbytes = min(tensor.nbytes, share - sum(size for _, size in blocks))
+        blocks += [(tensor.data_ptr() + at, min(16 << 20, nbytes - at)) for at in range(0, nbytes, 16 << 20)]
+    target = huge_buffer(share)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(target))
+    starts = [sum(size for _, size in blocks[:number]) for number in range(len(blocks))]
+
+    def copy(number: int) -> None:
+        source, size = blocks[number]
+        ctypes.memmove(address + starts[number], source, size)  # lets go of the interpreter's lock
+
+    with ThreadPoolExecutor(max(1, cores() // bench.world)) as pool:
+        list(pool.map(copy, range(len(blocks))))
+        torch.manual_seed(0)
+        with bench.timed(STEADY, setting, MEMCPY, nbytes=state.nbytes):
+            list(pool.map(copy, range(len(blocks))))

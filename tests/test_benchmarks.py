@@ -1,0 +1,63 @@
+"""The benchmarks run as the command that their documentation gives, at a size that takes no time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def benchmark(*arguments: str) -> str:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.multiprocess
+def test_a_suite_writes_a_record_that_can_be_judged_later(tmp_path: Path) -> None:
+    """A figure is worth what its record says of it: settings, versions, machine, every repeat, medians, targets."""
+    printed = benchmark(
+        *("save", "--layout", "sharded", "--only", "shardckpt", "DCP, 2", "raw"),
+        *("--repeats", "2", "--dir", str(tmp_path / "scratch"), "--out", str(tmp_path)),
+    )
+
+    record = json.loads((tmp_path / "save-small-2ranks.json").read_text())
+    assert record["config"]["repeats"] == 2
+    assert record["config"]["device"] in ("cpu", "cuda")
+    assert record["versions"]["torch"]
+    assert record["versions"]["torchsnapshot"]
+    assert record["machine"]["cores"] > 0
+    names = ("shardckpt", "DCP, 2 threads", "raw disk")
+    assert {(row["what"], row["contender"], row["counted"]) for row in record["medians"]} == {
+        ("save", name, 2) for name in names
+    }
+    # The warm-up is there, and the order has rotated.
+    repeats = [(one["repeat"], one["contender"]) for one in record["measurements"]]
+    assert sorted(repeats) == sorted((number, name) for number in range(3) for name in names)
+    assert repeats[0][1] != repeats[3][1]
+    for one in record["measurements"]:
+        assert one["value"] > 0
+        assert one["unit"] == "s"
+        assert one["nbytes"] > 2**20
+        assert {"cpu_seconds", "peak_memory", "setting", "details"} <= set(one)
+    medians = {row["contender"]: row["median"] for row in record["medians"]}
+    reached = {verdict["over"][1]: verdict for verdict in record["targets"] if verdict["of"][1].startswith("DCP")}
+    assert reached["shardckpt"]["reached"] == pytest.approx(medians["DCP, 2 threads"] / medians["shardckpt"])
+    assert reached["shardckpt"]["met"] is (reached["shardckpt"]["reached"] >= 1.8)
+    assert "save: DCP, 2 threads" in printed
+    assert (tmp_path / "save-small-2ranks.png").stat().st_size > 1000
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_the_list_names_every_suite_and_every_suite_is_documented() -> None:
+    """Nobody runs what nobody can find."""
+    listed = [line.split()[0] for line in benchmark("--list").splitlines()]
+
+    files = {path.stem for path in (ROOT / "benchmarks" / "suites").glob("*.py")} - {"__init__"}
+    assert set(listed) == files
+    documented = (ROOT / "benchmarks" / "README.md").read_text()
+    assert all(f"| `{name}` |" in documented for name in listed)
