@@ -9,7 +9,7 @@ import torch
 from shardckpt.background import PendingSave
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.indexing import Index
-from shardckpt.options import Compression, Path, SaveOptions
+from shardckpt.options import Compression, Overlap, Path, SaveOptions
 from shardckpt.relocation import MapLocation
 from shardckpt.reports import SaveReport
 from shardckpt.state import KeyMap, Prefix
@@ -41,7 +41,7 @@ def save(
         state,
         path,
         storage_options=storage_options,
-        save_options=SaveOptions.of(compression, replicated, include, exclude),
+        save_options=SaveOptions.of(compression, replicated, include, exclude, None),
     )
 
 
@@ -54,13 +54,17 @@ def async_save(
     replicated: bool | Sequence[str] = False,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    overlap: Overlap = None,
 ) -> PendingSave:
-    """Save ``state`` as it is now in the background; returns once it may change. See `save`."""
+    """Save ``state`` as it is now in the background; returns once it may change. See `save`.
+
+    With ``overlap="step"`` it returns earlier, and the next step of an optimizer waits; see `Checkpointer`.
+    """
     return _engine().async_save(
         state,
         path,
         storage_options=storage_options,
-        save_options=SaveOptions.of(compression, replicated, include, exclude),
+        save_options=SaveOptions.of(compression, replicated, include, exclude, overlap),
     )
 
 

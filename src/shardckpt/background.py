@@ -17,14 +17,15 @@ log = logging.getLogger(__name__)
 class PendingSave:
     """A save that has been started.
 
-    Once `async_save` has returned this, the snapshot is taken and the state may change.
+    Once `async_save` has returned this, the snapshot is taken and the state may change; with ``overlap="step"``, by
+    steps of optimizers only, until `staged`.
     """
 
     def __init__(self, path: str, save_id: str) -> None:
         self.path = path
         self.save_id = save_id
         self._finished = threading.Event()
-        self._staged = False
+        self._staged = threading.Event()
         self._report: SaveReport | None = None
         self._error: SaveFailedError | None = None
         self._reported = False
@@ -33,7 +34,14 @@ class PendingSave:
     @property
     def staged(self) -> bool:
         """Whether the snapshot is complete, so that the state may change."""
-        return self._staged
+        return self._staged.is_set()
+
+    def wait_until_staged(self, timeout: float | None = None) -> bool:
+        """Wait until the state may change in any way, and tell whether it may; ``timeout`` is in seconds.
+
+        For what changes parameters outside of an optimizer's step, where ``overlap="step"`` copies beside training.
+        """
+        return self._staged.wait(timeout)
 
     def done(self) -> bool:
         """Whether the save is over, well or badly. Does not wait."""
@@ -63,14 +71,18 @@ class PendingSave:
         return self._finished.is_set() and self._error is None
 
     def mark_staged(self) -> None:
-        self._staged = True
+        self._staged.set()
 
-    def mark_returned(self, stall_seconds: float) -> None:
-        """Note that the caller goes on, after so long."""
-        self._stall_seconds = stall_seconds
+    def share_staging(self, other: "PendingSave") -> None:
+        """Count as staged when ``other`` does, whose shards this save shares."""
+        self._staged = other._staged  # noqa: SLF001 - of the same class
+
+    def add_stall(self, seconds: float) -> None:
+        """Note that the caller was kept from going on for so long."""
+        self._stall_seconds += seconds
 
     def resolve(self, outcome: SaveReport | SaveFailedError) -> None:
-        self._staged = True
+        self._staged.set()
         if isinstance(outcome, SaveFailedError):
             # Whoever never asks for the result, and makes no further save, is told here.
             log.error("%s", outcome)

@@ -21,7 +21,7 @@ from shardckpt.relocation import MapLocation
 from shardckpt.reports import SaveReport
 from shardckpt.saving import AliasJob, Job, Opening, Structure
 from shardckpt.staging import StagingPool
-from shardckpt.state import Flattened, KeyMap, Prefix, flatten
+from shardckpt.state import Flattened, KeyMap, Prefix, Stepped, flatten
 from shardckpt.storage import open_storage
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,10 @@ class Checkpointer:
         include, exclude: patterns (``fnmatch``) of the names that a save takes; by default all.
         staging_limit: bytes of host memory that an asynchronous save may hold; a save past it still works, but its
             caller waits for the disk. By default as much as this rank's shard.
+        overlap: None, or ``"step"``: an asynchronous save copies parameters and optimizer state beside forward and
+            backward, and the next step of any optimizer waits until that is done. Whatever else changes them in the
+            meantime must wait for it with `PendingSave.wait_until_staged`, or the checkpoint may be wrong; see
+            ``docs/async.md`` for what is noticed and what is not.
         timeout: seconds to wait for the other ranks to make the same call.
         commit_timeout: seconds to wait in the background for the other ranks to finish writing.
         share_reads: whether ranks that want the same stored bytes read them for each other and pass them on, over
@@ -64,13 +68,14 @@ class Checkpointer:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         staging_limit: int | None = None,
+        overlap: options.Overlap = None,
         timeout: float = 600.0,
         commit_timeout: float = 1800.0,
         share_reads: ShareReads = "auto",
         alone: bool = False,
     ) -> None:
         self._storage_options = options.mapping("storage_options", storage_options)
-        self._save_options = SaveOptions.of(compression, replicated, include, exclude)
+        self._save_options = SaveOptions.of(compression, replicated, include, exclude, overlap)
         self._staging_limit = None if staging_limit is None else options.positive("staging_limit", staging_limit)
         self._timeout = options.positive("timeout", timeout)
         self._commit_timeout = options.positive("commit_timeout", commit_timeout)
@@ -97,7 +102,8 @@ class Checkpointer:
         save_options: SaveOptions | None = None,
     ) -> SaveReport:
         """Save ``state`` to ``path`` and return once it is committed; otherwise as `async_save`."""
-        pending = self._start(state, path, storage_options, state_version, save_options, memory=SYNC_MEMORY)
+        chosen = replace(save_options or self._save_options, overlap=None)  # it waits for more than the copy
+        pending = self._start(state, path, storage_options, state_version, chosen, memory=SYNC_MEMORY)
         report = pending.result()
         return replace(report, stall_seconds=report.total_seconds)
 
@@ -112,7 +118,8 @@ class Checkpointer:
     ) -> PendingSave:
         """Save ``state`` to ``path`` in the background; returns once the state may change.
 
-        What is saved is the state at this call. A checkpoint that lies at ``path`` is replaced at the commit, at once.
+        What is saved is the state at this call. With ``overlap="step"`` the state may first change by an optimizer's
+        step, which waits as long as it must. A checkpoint that lies at ``path`` is replaced at the commit, at once.
 
         ``save_options`` stand in for those that the Checkpointer was made with. ``state_version`` is a promise: two
         successive saves with equal ones have the same tensors, though plain values may differ. The second shares the
@@ -122,7 +129,8 @@ class Checkpointer:
         ConflictingStateError, StorageError and its kinds, RankTimeoutError; and SaveFailedError for the save before
         this one, if it failed and nobody has been told.
         """
-        return self._start(state, path, storage_options, state_version, save_options, memory=self._staging_limit)
+        chosen = save_options or self._save_options
+        return self._start(state, path, storage_options, state_version, chosen, memory=self._staging_limit)
 
     def _start(
         self,
@@ -130,12 +138,11 @@ class Checkpointer:
         path: Path,
         storage_options: Mapping[str, Any] | None,
         state_version: Hashable | None,
-        save_options: SaveOptions | None,
+        chosen: SaveOptions,
         *,
         memory: int | None,
     ) -> PendingSave:
         called = time.monotonic()
-        chosen = save_options or self._save_options
         operation = self._begin(f"save({options.path_text(path)!r})")
         with turn(operation, "open") as opening:
             place = commit.checkpoint_path(path)
@@ -144,6 +151,7 @@ class Checkpointer:
             if not may_alias:
                 self._drain()
             flat = _flatten(state, chosen, operation.rank)
+            stepped = Stepped(state) if chosen.overlap == "step" else None
             own = flat.own.structure if flat.own is not None else ""
             if may_alias and own != self._own_structure:
                 may_alias = False
@@ -193,13 +201,15 @@ class Checkpointer:
             owner=self._background,
         )
         if source is None:
-            self._last = saving.write(order, flat, chosen.codec, pool=self._pool, memory=memory, submit=self._submit)
+            self._last = saving.write(
+                order, flat, chosen.codec, pool=self._pool, memory=memory, stepped=stepped, submit=self._submit
+            )
         else:
+            pending.share_staging(source.order.pending)
             self._last = AliasJob(order, source)
-            pending.mark_staged()
             self._submit(self._last)
         self._version, self._own_structure = state_version, own
-        pending.mark_returned(time.monotonic() - called)
+        pending.add_stall(time.monotonic() - called)
         return pending
 
     def _can_share(self, url: str) -> bool:
@@ -285,6 +295,7 @@ class Checkpointer:
     ) -> OpenCheckpoint:
         """Read the manifest of a checkpoint; ``collective``: rank 0 reads it, and all ranks get the same one."""
         self._background.wait()
+        saving.wait_for_copies()  # another Checkpointer's: what is read may go into what it copies
         operation = self._begin(f"load({options.path_text(path)!r})") if collective else coordinator.begin_alone()
         place, storage, manifest = loading.read_manifest(path, self._options(storage_options), operation)
         return OpenCheckpoint(

@@ -10,6 +10,7 @@ from shardckpt.errors import UsageError
 Compression = Literal["zstd"] | tuple[Literal["zstd"], int] | None
 Path = str | os.PathLike[str]
 ShareReads = Literal["auto"] | bool
+Overlap = Literal["step"] | None
 
 _DEFAULT_LEVEL: Final = 1
 """zstd's level where none is named: checkpoints are written often, and noise compresses no better at higher ones."""
@@ -23,6 +24,7 @@ class SaveOptions:
     replicated: bool | tuple[str, ...]
     include: tuple[str, ...] | None
     exclude: tuple[str, ...] | None
+    overlap: Overlap
 
     @classmethod
     def of(
@@ -31,6 +33,7 @@ class SaveOptions:
         replicated: bool | Sequence[str],
         include: Sequence[str] | None,
         exclude: Sequence[str] | None,
+        overlap: Overlap,
     ) -> "SaveOptions":
         """From what a caller passes. Raises UsageError that names the option, as do the functions below."""
         return cls(
@@ -38,6 +41,7 @@ class SaveOptions:
             replicated if isinstance(replicated, bool) else patterns("replicated", replicated) or False,
             patterns("include", include),
             patterns("exclude", exclude),
+            check_overlap(overlap),
         )
 
 
@@ -67,6 +71,14 @@ def share_reads(value: Any) -> ShareReads:
         case bool() | "auto":
             return value
     raise UsageError(f"share_reads is 'auto', True or False, not {value!r}")
+
+
+def check_overlap(value: Any) -> Overlap:
+    """``value``, if it is "step" or None."""
+    match value:
+        case None | "step":
+            return value
+    raise UsageError(f"overlap is 'step' or None, not {value!r}")
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from shardckpt.saving.halves import write
 from shardckpt.saving.jobs import AliasJob, Job, Order, SaveJob
+from shardckpt.saving.overlap import wait_for_copies
 from shardckpt.saving.own import Own, describe, own_sources
 from shardckpt.saving.structure import (
     Opening,
@@ -32,5 +33,6 @@ __all__ = [
     "sources",
     "speaks",
     "structure_key",
+    "wait_for_copies",
     "write",
 ]

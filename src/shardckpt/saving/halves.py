@@ -1,15 +1,19 @@
 """The two halves of a save's I/O: staging, for which the caller waits, and writing, for which nobody does."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Final
 
 from shardckpt import filenames
 from shardckpt.errors import SaveFailedError
 from shardckpt.launch import cores_per_rank
 from shardckpt.saving.jobs import Order, SaveJob
+from shardckpt.saving.overlap import Overlap, begin_overlap
 from shardckpt.saving.structure import sources
-from shardckpt.staging import StagingPool, blocks_for, stage
-from shardckpt.state import Flattened
+from shardckpt.staging import Block, Source, StagingPool, blocks_for, stage
+from shardckpt.state import Flattened, Stepped
 from shardckpt.storage import BLOCK
 from shardckpt.writer import ShardWriter
 
@@ -26,6 +30,7 @@ def write(
     *,
     pool: StagingPool,
     memory: int | None,
+    stepped: Stepped | None,
     submit: Callable[[SaveJob], None],
 ) -> SaveJob:
     """Stage this rank's part, and have ``submit`` run the job that writes it; return once the state may change.
@@ -36,6 +41,9 @@ def write(
     and 0.15 s without). Elsewhere staging goes on with the blocks that have been written: waiting for them costs less
     than memory that is touched for the first time (the same, first save: 0.6 s, and up to 2.9 s without), and what the
     next save needs is touched in the background.
+
+    What is ``stepped`` is staged beside training, unless that is None or gains too little: then the call returns before
+    the state may change in any other way than by a step.
 
     Failures become the job's, and so the verdict of all ranks; only what is no Exception is raised.
     """
@@ -53,28 +61,65 @@ def write(
     needed = BLOCK * blocks_for(writer.first_block_offset + sum(source.nbytes for source in found))
     at_most = needed if memory is None else min(needed, memory)
     beside = needed > at_most or needed - needed // _COLD > pool.nbytes
+    threads = min(COPIERS, cores_per_rank(order.operation.world_size))
+
+    def copy(found: Sequence[Source], limit: int | None, emit: Callable[[Block], None]) -> None:
+        stage(found, pool, limit=limit, first_block_offset=writer.first_block_offset, emit=emit, threads=threads)
+
+    def copy_beside(overlap: Overlap) -> None:
+        with _telling(writer):
+            with ExitStack() as stack:
+                emit = writer.emit if beside else stack.enter_context(_held_back(writer.emit))
+                copy(overlap.sources, overlap.limit, emit)
+                overlap.check()
+            writer.finish()
+        warm()
+
+    def warm() -> None:
+        if pool.nbytes < at_most:
+            pool.warm(at_most)
+
+    overlap = None
     if beside:
         submit(job)
     try:
-        stage(
-            found,
-            pool,
-            limit=memory,
-            first_block_offset=writer.first_block_offset,
-            emit=writer.emit,
-            threads=min(COPIERS, cores_per_rank(order.operation.world_size)),
-        )
-    except Exception as error:  # noqa: BLE001 - the background tells all ranks, this one too: one verdict
+        with _telling(writer):
+            if stepped is not None:
+                overlap = begin_overlap(found, stepped, pool, memory, threads)
+            if overlap is None:
+                copy(found, memory, writer.emit)
+                writer.finish()
+            else:
+                overlap.start(partial(copy_beside, overlap), order.pending)
+    finally:
+        if not beside:
+            submit(job)
+    if overlap is None:
+        warm()
+        order.pending.mark_staged()
+    return job
+
+
+@contextmanager
+def _telling(writer: ShardWriter) -> Iterator[None]:
+    """Errors in here are the background's to tell, to this rank too: all ranks get one verdict."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - see above
         writer.cancel(error)
     except BaseException as error:
         writer.cancel(SaveFailedError(f"staging was interrupted by {type(error).__name__}"))
         raise
-    else:
-        writer.finish()
+
+
+@contextmanager
+def _held_back(emit: Callable[[Block], None]) -> Iterator[Callable[[Block], None]]:
+    """An ``emit`` that hands its blocks on at the end, unless there is an error."""
+    blocks: deque[Block] = deque()
+    try:
+        yield blocks.append
+        while blocks:
+            emit(blocks.popleft())
     finally:
-        if not beside:
-            submit(job)
-    if pool.nbytes < at_most:
-        pool.warm(at_most)
-    order.pending.mark_staged()
-    return job
+        for block in blocks:
+            block.release()

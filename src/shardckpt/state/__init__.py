@@ -14,6 +14,7 @@ from shardckpt.state.names import ModuleState, OptimizerState, Share, parameter_
 from shardckpt.state.per_rank import PerRank
 from shardckpt.state.renaming import KeyMap, rename
 from shardckpt.state.skeleton import merge
+from shardckpt.state.stepped import Stepped
 from shardckpt.state.subtree import Prefix, hint, prefix_name, subtree
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "PerRank",
     "Prefix",
     "Share",
+    "Stepped",
     "flatten",
     "hint",
     "merge",

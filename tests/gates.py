@@ -1,0 +1,53 @@
+"""A gate before the copies that run beside training, so that tests know what happens while one is under way."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from shardckpt.background import PendingSave
+from shardckpt.staging import copying
+
+SECONDS = 60.0
+"""Past which a test hangs."""
+
+
+class Gate:
+    """`open` lets the copies go on; ``asked`` is set once somebody waits for them; ``error`` is what they raise."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.asked = threading.Event()
+        self.error: Exception | None = None
+
+
+@contextmanager
+def gate() -> Iterator[Gate]:
+    """In here, copies by threads other than the main one wait. It opens at the end in any case."""
+    found = Gate()
+    copy_memory, wait = copying.copy_memory, PendingSave.wait_until_staged
+
+    def copy(*args: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert found.open.wait(SECONDS)
+            if found.error is not None:
+                raise found.error
+        copy_memory(*args)
+
+    def waiting(self: PendingSave, timeout: float | None = None) -> bool:
+        found.asked.set()
+        return wait(self, timeout)
+
+    copying.copy_memory, PendingSave.wait_until_staged = copy, waiting  # type: ignore[assignment, method-assign]
+    try:
+        yield found
+    finally:
+        found.open.set()
+        copying.copy_memory, PendingSave.wait_until_staged = copy_memory, wait  # type: ignore[method-assign]
+
+
+def beside(act: Any) -> threading.Thread:
+    """``act``, begun in a thread of its own."""
+    thread = threading.Thread(target=act)
+    thread.start()
+    return thread
