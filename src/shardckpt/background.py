@@ -82,7 +82,6 @@ class PendingSave:
         self._stall_seconds += seconds
 
     def resolve(self, outcome: SaveReport | SaveFailedError) -> None:
-        self._staged.set()
         if isinstance(outcome, SaveFailedError):
             # Whoever never asks for the result, and makes no further save, is told here.
             log.error("%s", outcome)

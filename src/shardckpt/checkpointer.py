@@ -295,7 +295,7 @@ class Checkpointer:
     ) -> OpenCheckpoint:
         """Read the manifest of a checkpoint; ``collective``: rank 0 reads it, and all ranks get the same one."""
         self._background.wait()
-        saving.wait_for_copies()  # another Checkpointer's: what is read may go into what it copies
+        saving.wait_for_copies()  # another Checkpointer's too: what is read may go into what it copies
         operation = self._begin(f"load({options.path_text(path)!r})") if collective else coordinator.begin_alone()
         place, storage, manifest = loading.read_manifest(path, self._options(storage_options), operation)
         return OpenCheckpoint(
@@ -374,6 +374,8 @@ class Checkpointer:
 
     def _drain(self) -> None:
         self._background.wait()
+        # A save that has failed may still be copying.
+        saving.wait_for_copies([job.order.pending for job in self._jobs])
         failures = [error for job in self._jobs if (error := job.order.pending.unreported_error()) is not None]
         self._jobs.clear()
         self._to_remove.clear()

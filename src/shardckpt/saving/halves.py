@@ -56,6 +56,7 @@ def write(
     except Exception as error:  # noqa: BLE001 - the others are under way: this rank has to join them and say so
         job = SaveJob(order, error)
         submit(job)
+        order.pending.mark_staged()
         return job
     job = SaveJob(order, writer)
     needed = BLOCK * blocks_for(writer.first_block_offset + sum(source.nbytes for source in found))
@@ -94,9 +95,10 @@ def write(
     finally:
         if not beside:
             submit(job)
+        if overlap is None:
+            order.pending.mark_staged()
     if overlap is None:
         warm()
-        order.pending.mark_staged()
     return job
 
 

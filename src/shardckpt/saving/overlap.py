@@ -31,9 +31,11 @@ _under_way: set[PendingSave] = set()
 os.register_at_fork(after_in_child=_under_way.clear)  # the thread that copies is the parent's
 
 
-def wait_for_copies() -> None:
-    """Until nothing that a step may change is being copied in this process."""
+def wait_for_copies(saves: Sequence[PendingSave] | None = None) -> None:
+    """Until nothing is being copied beside training: for ``saves``, or by default for any save of this process."""
     for pending in tuple(_under_way):
+        if saves is not None and pending not in saves:
+            continue
         start = time.monotonic()
         pending.wait_until_staged()
         pending.add_stall(time.monotonic() - start)
