@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from shardckpt.background import PendingSave
 from shardckpt.staging import copying
 
@@ -51,3 +55,16 @@ def beside(act: Any) -> threading.Thread:
     thread = threading.Thread(target=act)
     thread.start()
     return thread
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two loaded states are equal, bit for bit."""
+    if isinstance(left, Tensor):
+        return left.dtype == right.dtype and torch.equal(
+            left.view(-1).view(torch.uint8), right.view(-1).view(torch.uint8)
+        )
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(value, right[key]) for key, value in left.items())
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left.tobytes() == right.tobytes() if isinstance(left, np.ndarray) else bool(left == right)

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import shardckpt
-from gates import SECONDS, Gate, beside, gate
+from gates import SECONDS, Gate, beside, gate, same
 from shardckpt import Checkpointer, SaveFailedError, UsageError, checkpointer
 from shardckpt.saving import overlap
 from shardckpt.state import Stepped
@@ -69,19 +68,6 @@ def step_of(optimizer: torch.optim.Optimizer, how: str, net: nn.Module) -> Calla
     if how == "scheduled":
         torch.optim.lr_scheduler.StepLR(optimizer, 1)  # it puts a step of its own on the optimizer
     return (lambda: optimizer.step(closure)) if how in ("closure", "lbfgs") else optimizer.step
-
-
-def same(left: Any, right: Any) -> bool:
-    """Bit for bit."""
-    if isinstance(left, Tensor):
-        return left.dtype == right.dtype and torch.equal(
-            left.view(-1).view(torch.uint8), right.view(-1).view(torch.uint8)
-        )
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(value, right[key]) for key, value in left.items())
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left.tobytes() == right.tobytes() if isinstance(left, np.ndarray) else bool(left == right)
 
 
 def frozen(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from shardckpt.lightning import fabric, flavours, from_checkpoint, model_checkpoint, strategies
 from shardckpt.lightning.plugin import ShardedCheckpointIO, living
+from shardckpt.saving import wait_for_copies
 
 log = logging.getLogger(__name__)
 
@@ -60,19 +61,33 @@ def _binding_of(flavour: flavours.Flavour) -> Any:
     callback: Any = flavours.attribute(flavour, "callbacks", "Callback")
 
     class ShardedCheckpointBinding(callback):  # type: ignore[misc]  # the base depends on the flavour
-        """Binds the Trainer's strategy to its `ShardedCheckpointIO`; does nothing to a Trainer without one."""
+        """Binds the Trainer's strategy to its `ShardedCheckpointIO`; does nothing to a Trainer without one.
+
+        Comes first among the callbacks, so that none changes weights while they are still being copied.
+        """
 
         _is_prepared = True
 
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             bound = bind(trainer.strategy)
             self._is_prepared = not (bound and stage == "fit" and trainer.checkpoint_callbacks)
+            if bound:
+                trainer.callbacks = [self, *(other for other in trainer.callbacks if other is not self)]
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             # Optimizers allocate their state at the first step: from then on it is known how much memory a save takes.
             if not self._is_prepared and trainer.global_step > 0:
                 self._is_prepared = True
                 strategies.prepare(trainer.strategy)
+
+        def _wait_for_copies(self, trainer: Any, *_: Any) -> None:
+            # What `overlap="step"` copies changes by more than steps here: callbacks swap in averages, prune, restore.
+            wait_for_copies()
+
+        on_validation_start = _wait_for_copies
+        on_train_epoch_start = _wait_for_copies
+        on_train_epoch_end = _wait_for_copies
+        on_train_end = _wait_for_copies
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             # The class exists in no module; spawned processes get the Trainer's callbacks pickled.

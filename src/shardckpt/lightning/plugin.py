@@ -50,8 +50,8 @@ class ShardedCheckpointIO(_CheckpointIO):
 
     Args:
         options: those of `shardckpt.Checkpointer`, passed on as they are: ``storage_options``, ``compression``,
-            ``replicated``, ``include``, ``exclude``, ``staging_limit``, ``timeout``, ``commit_timeout`` and
-            ``share_reads``.
+            ``replicated``, ``include``, ``exclude``, ``staging_limit``, ``overlap``, ``timeout``, ``commit_timeout``
+            and ``share_reads``.
 
     Raises:
         UsageError: an option is unknown or has an impossible value.
