@@ -63,6 +63,12 @@ def closing(lightning: Any, held: Gate) -> Any:
             if latest is not None and not latest.staged and not held.asked.is_set():
                 self.beside.append(trainer.global_step)
 
+        def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+            # Were a copy still to come, it would be made here and now.
+            if (latest := trainer.strategy.checkpoint_io._latest) is not None:
+                held.open.set()
+                latest.wait_until_staged()
+
     return Closing()
 
 
