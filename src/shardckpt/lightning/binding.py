@@ -63,7 +63,7 @@ def _binding_of(flavour: flavours.Flavour) -> Any:
     class ShardedCheckpointBinding(callback):  # type: ignore[misc]  # the base depends on the flavour
         """Binds the Trainer's strategy to its `ShardedCheckpointIO`; does nothing to a Trainer without one.
 
-        Comes first among the callbacks, so that none changes weights while they are still being copied.
+        With ``overlap="step"`` it comes first among the callbacks, so that none changes weights that are being copied.
         """
 
         _is_prepared = True
@@ -71,7 +71,8 @@ def _binding_of(flavour: flavours.Flavour) -> Any:
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             bound = bind(trainer.strategy)
             self._is_prepared = not (bound and stage == "fit" and trainer.checkpoint_callbacks)
-            if bound:
+            plugin = strategies.plugin_of(trainer.strategy)
+            if bound and plugin is not None and plugin.overlaps:
                 trainer.callbacks = [self, *(other for other in trainer.callbacks if other is not self)]
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

@@ -102,6 +102,11 @@ class ShardedCheckpointIO(_CheckpointIO):
         return self._checkpointer
 
     @property
+    def overlaps(self) -> bool:
+        """Whether a copy may still be under way when a save has returned."""
+        return self._options.get("overlap") is not None
+
+    @property
     def requires_state_on_load(self) -> bool:
         """True: given the live state, `load_checkpoint` reads tensors into it in place."""
         return True
