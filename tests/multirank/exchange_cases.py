@@ -20,7 +20,7 @@ import shardckpt
 from shardckpt import Checkpointer, codecs, loading
 from shardckpt.reader import exchange, fetch, gains, rounds, shards, targets, together, wants
 from shardckpt.storage import Storage
-from shardckpt.writer import output, streams
+from shardckpt.writer import cells, output, streams
 from storage.wrappers import CountingStorage, FaultyStorage, WrapperStorage
 
 CELL = 64 << 10
@@ -42,7 +42,20 @@ def small_scale() -> Iterator[None]:
     small = {"DIGEST_BLOCK": CELL, "LIMIT": 1 << 20, "MIN_RANGE": CELL, "_GAIN_BYTES": 1 << 20}
     small |= {"_TRIAL_ROUND_BYTES": 6 * CELL, "_SLACK": CELL, "_SMALL": CELL, "_GAIN_BYTES_PER_PART": 1 << 10}
     with ExitStack() as stack:
-        for module in (codecs, output, streams, fetch, shards, targets, wants, gains, exchange, rounds, together):
+        for module in (
+            codecs,
+            cells,
+            output,
+            streams,
+            fetch,
+            shards,
+            targets,
+            wants,
+            gains,
+            exchange,
+            rounds,
+            together,
+        ):
             for name, value in small.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
