@@ -23,9 +23,9 @@ class Ranges(WrapperStorage):
         super().__init__(inner)
         self.read: list[tuple[str, int, int]] = []
 
-    def read_into(self, name: str, offset: int, into: memoryview) -> None:
+    def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
         self.read.append((name, offset, offset + into.nbytes))
-        super().read_into(name, offset, into)
+        super().read_into(name, offset, into, cached=cached)
 
 
 @pytest.fixture

@@ -267,6 +267,55 @@ def test_every_damaged_byte_is_found(tmp_path: Path, pool: StagingPool, codec: t
     read_targets(manifest, storage, [whole("a", torch.zeros(10))], pool=pool)
 
 
+class Heated(LocalStorage):
+    """A directory of which all is in the cache, or nothing."""
+
+    def __init__(self, directory: str, *, hot: bool) -> None:
+        super().__init__(directory)
+        self.hot = hot
+        self.reads: list[tuple[int, bool]] = []
+
+    def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
+        self.reads.append((len(into), cached))
+        super().read_into(name, offset, into, cached=cached)
+
+    def in_cache(self, name: str, offset: int, nbytes: int) -> bool:
+        return self.hot
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("hot", [True, False])
+def test_hot_or_not_nothing_is_placed_unverified(
+    storage: LocalStorage, pool: StagingPool, codec: tuple[str, int] | None, hot: bool
+) -> None:
+    """However bytes come, a damaged block is found before any of it is placed, and all that is read is counted."""
+    tensor = noise(5 * DIGEST_BLOCK + 4099, dtype=torch.uint8)
+    tensors = {"odd": noise(1001, dtype=torch.uint8), "a": tensor, **{f"{n:03}": noise(9) for n in range(100)}}
+    manifest = save(storage, tensors, pool, codec=codec)
+    heated = Heated(storage.directory, hot=hot)
+    found = {fqn: torch.zeros_like(tensor) for fqn, tensor in tensors.items()}
+    stats = read_targets(manifest, heated, [whole(*item) for item in found.items()], pool=pool, threads=1)
+    assert all(torch.equal(raw(found[fqn]), raw(tensors[fqn])) for fqn in tensors)
+    assert stats.bytes_read == sum(nbytes for nbytes, _ in heated.reads) + manifest.files[0].manifest_size
+    assert {cached for _, cached in heated.reads} == {hot}
+
+    heated.reads.clear()
+    only = [whole("a", torch.zeros_like(tensor))]
+    read_targets(manifest, heated, only, pool=pool, threads=1)
+    assert len(heated.reads) == (6 if hot else 1)
+    entry = manifest.tensors["a"]
+    at = entry.offset[0] + (3 * DIGEST_BLOCK + 5 if codec is None else entry.nbytes[0] // 2)
+    flip(storage, SHARD, at)
+    only[0].tensor.zero_()
+    with pytest.raises(CorruptCheckpointError, match="'a' in .* is damaged"):
+        read_targets(manifest, heated, only, pool=pool, threads=1)
+    blocks = only[0].tensor[: 5 * DIGEST_BLOCK].view(5, DIGEST_BLOCK).any(dim=1).tolist()
+    intact = blocks.index(False)
+    assert blocks == [index < intact for index in range(5)]
+    assert intact == (0 if not hot else 3 if codec is None else intact)
+    assert torch.equal(only[0].tensor[: intact * DIGEST_BLOCK], tensor[: intact * DIGEST_BLOCK])
+
+
 def two_ranks(storage: Storage, pool: StagingPool) -> tuple[Manifest, torch.Tensor]:
     """A tensor whose halves lie in two files."""
     storage.prepare()
@@ -340,9 +389,9 @@ def test_reads_are_aligned(storage: LocalStorage, pool: StagingPool) -> None:
     seen: list[tuple[int, int]] = []
 
     class Watching(CountingStorage):
-        def read_into(self, name: str, offset: int, into: memoryview) -> None:
+        def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
             seen.append((offset, len(into)))
-            super().read_into(name, offset, into)
+            super().read_into(name, offset, into, cached=cached)
 
     targets = [whole("a", torch.empty(3_000_000)), whole("c", torch.empty(3_000_001))]
     read_targets(manifest, Watching(storage), targets, pool=pool)

@@ -129,9 +129,12 @@ class Throttled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def read_into(self, name: str, offset: int, into: memoryview) -> None:
+    def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
         time.sleep(len(into) / BYTES_PER_SECOND)
-        self._inner.read_into(name, offset, into)
+        self._inner.read_into(name, offset, into, cached=cached)
+
+    def in_cache(self, name: str, offset: int, nbytes: int) -> bool:
+        return False
 
 
 def _throttled(storage: Storage) -> Storage:

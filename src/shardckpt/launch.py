@@ -23,6 +23,19 @@ def cores_per_rank(world_size: int) -> int:
     return max(1, cores // ranks)
 
 
+def siblings() -> tuple[int, int] | None:
+    """Which of how many processes of one job this is, those of this host if that is known; None for the only one."""
+    if dist.is_available() and dist.is_initialized():
+        own, count = dist.get_rank(), dist.get_world_size()
+    else:
+        own, count = 0, 1
+    if (rank := os.environ.get("LOCAL_RANK", "")).isdigit() and (
+        size := os.environ.get("LOCAL_WORLD_SIZE", "")
+    ).isdigit():
+        own, count = int(rank), int(size)
+    return (own, count) if own < count and count > 1 else None
+
+
 def check_group(call: str) -> None:
     """Raise UsageError in one of several processes that torchrun has started, if there is no process group.
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import shardckpt
 from shardckpt import Checkpointer, codecs, loading
-from shardckpt.reader import exchange, fetch, gains, rounds, shards, targets, together, wants
+from shardckpt.reader import common, exchange, fetch, gains, rounds, shards, targets, together, wants
 from shardckpt.storage import Storage
 from shardckpt.writer import cells, output, streams
 from storage.wrappers import CountingStorage, FaultyStorage, WrapperStorage
@@ -41,10 +41,12 @@ def small_scale() -> Iterator[None]:
     """Cells, rounds and thresholds of a sixteenth, so that a few MiB are shared as hundreds are."""
     small = {"DIGEST_BLOCK": CELL, "LIMIT": 1 << 20, "MIN_RANGE": CELL, "_GAIN_BYTES": 1 << 20}
     small |= {"_TRIAL_ROUND_BYTES": 6 * CELL, "_SLACK": CELL, "_SMALL": CELL, "_GAIN_BYTES_PER_PART": 1 << 10}
+    small |= {"_APART": CELL}
     with ExitStack() as stack:
         for module in (
             codecs,
             cells,
+            common,
             output,
             streams,
             fetch,
@@ -261,6 +263,35 @@ def damaged(rank: int, path: str, share: Any) -> str:
     except shardckpt.CorruptCheckpointError as error:
         return str(error)
     return "loaded"
+
+
+class _Noting(WrapperStorage):
+    """Notes how the long reads are done, on a host whose cache has nothing yet."""
+
+    def __init__(self, inner: Storage, cache: str) -> None:
+        super().__init__(inner)
+        self.read_cache = cache
+        self.cached: set[bool] = set()
+
+    def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
+        if len(into) >= CELL:
+            self.cached.add(cached)
+        super().read_into(name, offset, into, cached=cached)
+
+
+def ways(rank: int, path: str, kind: str, hosts: int) -> set[bool]:
+    """Whether reads go through the page cache, where the ranks are spread over some hosts."""
+    storages: list[_Noting] = []
+
+    def noting(storage: Storage) -> Storage:
+        storages.append(_Noting(storage, f"host {rank % hosts}"))
+        return storages[-1]
+
+    live = state(kind, fill=False)
+    with small_scale(), storage_made(noting):
+        Checkpointer(timeout=60, share_reads=False).load(path, live)
+    assert all(torch.equal(local(live[name]), local(tensor)) for name, tensor in state(kind, fill=True).items())
+    return storages[-1].cached
 
 
 class _Deadly(WrapperStorage):

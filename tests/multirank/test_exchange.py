@@ -54,6 +54,15 @@ def test_each_stored_byte_is_read_once(written, size, compression):
             assert kind == "strided" or read(results) > 1.8 * size / 2 * 0.9 * stored_bytes(path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "hosts", "cached"),
+    [("plain", 1, True), ("columns", 1, True), ("rows", 1, False), ("plain", 4, False), ("plain", 2, True)],
+)
+def test_the_disk_is_read_once_a_host(written, kind, hosts, cached):
+    """Ranks of one host that want the same read through its cache; nobody else pays for a cache that nobody uses."""
+    assert ranks.world(4).run(cases.ways, written[None], kind, hosts) == [{cached}] * 4
+
+
 @pytest.mark.parametrize("size", (2, 4))
 def test_auto_does_what_the_trial_shows_to_be_faster(written, size):
     """Where the storage is what takes time the ranks share, else they don't; and the trial reads less than a tenth."""

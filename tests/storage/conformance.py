@@ -1,5 +1,6 @@
 """What every storage must do. A backend's tests inherit :class:`StorageConformance` and say how to look around it."""
 
+import mmap
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -291,6 +292,27 @@ class StorageConformance:
         into: Any = memoryview(bytearray(80)).cast("d")
         storage.read_into("rank", 0, into)
         assert into.tobytes() == noise(80)
+
+    @pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 4097, 3 * 4096 + 5, BLOCK + 4099])
+    def test_past_the_cache(self, storage: Storage, nbytes: int) -> None:
+        """Read past the cache or through it, just written or long ago, wherever it ends: the bytes are the same."""
+        data = noise(nbytes)
+        if data:
+            store(storage, "rank", data)
+        else:
+            self.poke("rank", data)
+        memory = memoryview(mmap.mmap(-1, nbytes + 2 * 4096))
+        for _ in range(2):
+            assert storage.in_cache("rank", 0, max(1, nbytes)) in (True, False)
+            for offset, size in ((0, nbytes), (4096, nbytes - 4096), (0, nbytes // 4096 * 4096), (1, nbytes - 1)):
+                for start in (0, 1):
+                    into = memory[start : start + max(0, size)]
+                    into[:] = bytes(len(into))
+                    storage.read_into("rank", offset, into, cached=False)
+                    assert into == data[offset : offset + size if size > 0 else offset]
+        for offset, size in ((0, nbytes + 1), (0, nbytes + 4096), (nbytes // 4096 * 4096 + 4096, 4096)):
+            with pytest.raises(CorruptCheckpointError, match=r"rank.*too short"):
+                storage.read_into("rank", offset, memory[:size], cached=False)
 
     @pytest.mark.parametrize(("offset", "size"), [(0, 101), (99, 2), (100, 1), (1_000_000, 5)])
     def test_short(self, storage: Storage, offset: int, size: int) -> None:

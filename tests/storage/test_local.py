@@ -1,6 +1,7 @@
 """Local directories: the common suite, and what only a local file system can do or break."""
 
 import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -57,6 +58,7 @@ class TestBufferedLocal(TestLocal):
             raise OSError(errno.EOPNOTSUPP, "not here")
 
         monkeypatch.setattr(posix, "open_direct", lambda _: None)
+        monkeypatch.setattr(posix, "_set_direct", lambda _, *, on: not on)
         monkeypatch.setattr(posix, "_fallocate", lambda: None)
         monkeypatch.setattr(os, "link", refuse)
 
@@ -66,6 +68,57 @@ def aligned(nbytes: int) -> memoryview:
     import mmap
 
     return memoryview(mmap.mmap(-1, nbytes))
+
+
+def drop(path: Path) -> None:
+    """Have the kernel forget a file's pages."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+
+
+def test_what_the_cache_has(tmp_path: Path) -> None:
+    """A file is hot only if all of it is; asking and reading directly leave it as it was, for the next load."""
+    path, nbytes = tmp_path / "rank", BLOCK + 100
+    path.write_bytes(noise(nbytes))
+    storage = open_storage(tmp_path)
+    assert storage.in_cache("rank", 0, nbytes)
+    drop(path)
+    if storage.in_cache("rank", 0, nbytes):
+        pytest.skip("the file system keeps everything in memory")
+    into = aligned(BLOCK)
+    storage.read_into("rank", 0, into, cached=False)
+    assert into == noise(nbytes)[:BLOCK]
+    assert not any(storage.in_cache("rank", offset, 4096) for offset in range(0, BLOCK, 4096))
+    storage.read_into("rank", BLOCK // 2, into[: BLOCK // 2])
+    assert storage.in_cache("rank", BLOCK // 2, BLOCK // 2)
+    assert not storage.in_cache("rank", 0, BLOCK)
+    assert not storage.in_cache("rank", nbytes, 1)
+    with pytest.raises(ObjectNotFoundError):
+        storage.in_cache("missing", 0, 1)
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_direct_read_refused_midway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
+    """A file system that takes the flag and then wants another alignment costs speed only."""
+    (tmp_path / "rank").write_bytes(noise(5 * 4096))
+    preadv, direct = os.preadv, 0
+
+    def grudging(descriptor: int, buffers: Any, offset: int) -> int:
+        nonlocal direct
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            direct += 1
+            if direct > refused:
+                raise OSError(errno.EINVAL, "not so")
+            buffers = [buffers[0][:4096]]
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", grudging)
+    into = aligned(5 * 4096)
+    open_storage(tmp_path).read_into("rank", 0, into, cached=False)
+    assert into == noise(5 * 4096)
+    assert direct == refused + 1
 
 
 def test_direct_write(tmp_path: Path) -> None:

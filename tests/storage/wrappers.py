@@ -32,9 +32,12 @@ class WrapperStorage:
         self.called("get", name, 0)
         return self.inner.get(name, limit=limit)
 
-    def read_into(self, name: str, offset: int, into: memoryview) -> None:
+    def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
         self.called("read_into", name, into.nbytes)
-        self.inner.read_into(name, offset, into)
+        self.inner.read_into(name, offset, into, cached=cached)
+
+    def in_cache(self, name: str, offset: int, nbytes: int) -> bool:
+        return False
 
     def size(self, name: str) -> int:
         self.called("size", name, 0)

@@ -22,7 +22,7 @@ class Target(NamedTuple):
 class Placement:
     """One copy from a stored box to a target, done in as many parts as the stored bytes arrive in."""
 
-    __slots__ = ("_address", "_itemsize", "_start", "_stop", "_stored", "_target_box", "_tensor", "overlap")
+    __slots__ = ("_address", "_itemsize", "_stored", "_target_box", "_tensor", "overlap", "start", "stop")
 
     def __init__(self, stored: Box, overlap: Box, target: Target, dtype: torch.dtype) -> None:
         """`overlap` is what to copy, in coordinates of the whole tensor, and `dtype` the stored one."""
@@ -32,10 +32,11 @@ class Placement:
         self._tensor = tensor = target.tensor
         self._itemsize = dtype.itemsize
         volume = overlap.volume
-        self._start, self._stop = (0, volume) if stored == overlap else contiguous_span(stored, overlap)
+        self.start, self.stop = (0, volume) if stored == overlap else contiguous_span(stored, overlap)
+        """The shortest range of the stored box's elements, row-major, that has all of `overlap`."""
         # Where runs of stored elements arrive as runs of bytes, the address of the first; elsewhere torch has to help.
         self._address = 0
-        if self._stop - self._start == volume and tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous():
+        if self.stop - self.start == volume and tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous():
             first, stop = (0, volume) if target.box == overlap else contiguous_span(target.box, overlap)
             if stop - first == volume and not tensor.is_conj() and not tensor.is_neg():
                 self._address = tensor.data_ptr() + first * self._itemsize
@@ -45,13 +46,13 @@ class Placement:
 
         `raw` has their bytes and `dtype` is theirs; the target's decides what arrives.
         """
-        start, stop = max(self._start, at), min(self._stop, at + raw.numel() // self._itemsize)
+        start, stop = max(self.start, at), min(self.stop, at + raw.numel() // self._itemsize)
         if start >= stop:
             return
         skip = (start - at) * self._itemsize
         nbytes = (stop - start) * self._itemsize
         if self._address:
-            copy_memory(self._address + (start - self._start) * self._itemsize, raw.data_ptr() + skip, nbytes)
+            copy_memory(self._address + (start - self.start) * self._itemsize, raw.data_ptr() + skip, nbytes)
             return
         wanted = raw[skip : skip + nbytes]
         if wanted.data_ptr() % self._itemsize:

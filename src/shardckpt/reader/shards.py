@@ -1,6 +1,6 @@
 """The files that a read needs: checked before anything is placed, then verified block by block."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Final
 
@@ -19,6 +19,7 @@ from shardckpt.codecs import (
 )
 from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, UnsupportedFormatError
 from shardckpt.manifest import FileEntry, RankManifest, ShardEntry, TensorEntry, decode_rank_manifest
+from shardckpt.reader.common import points
 from shardckpt.reader.fetch import PAGE, Extent, Run, cells_of, union
 from shardckpt.reader.place import Placement
 from shardckpt.staging import Block
@@ -60,6 +61,12 @@ class Piece:
         self._compressed = False
         self._digests = ""
         self._name = ""
+
+    def stretch(self) -> tuple[int, int]:
+        """Between which bytes of the file what is wanted lies, roughly: as if nothing were compressed."""
+        start = min(placement.start for placement in self.placements)
+        stop = max(placement.stop for placement in self.placements)
+        return self.offset + start * self._itemsize, self.offset + stop * self._itemsize
 
     def also(self, placements: Sequence[Placement]) -> "Piece":
         """The same entry, wanted for more."""
@@ -179,9 +186,17 @@ class ShardFile:
         self.extents = extents
         return len(data)
 
-    def read_into(self, offset: int, into: memoryview) -> None:
-        """Fill `into` with the file's bytes from `offset` on."""
-        self._storage.read_into(self._file.name, offset, into)
+    def points(self) -> Iterator[int]:
+        """What stands for the wanted bytes, so that ranks can compare; see `reader.common`."""
+        return points(self._file.name, map(Piece.stretch, self.pieces))
+
+    def read_into(self, offset: int, into: memoryview, *, cached: bool) -> None:
+        """Fill `into` with the file's bytes from `offset` on; `cached` as for `Storage.read_into`."""
+        self._storage.read_into(self._file.name, offset, into, cached=cached)
+
+    def in_cache(self, start: int, stop: int) -> bool:
+        """Whether these bytes of the file are in a cache, as far as the storage knows."""
+        return self._storage.in_cache(self._file.name, start, stop - start)
 
     def _rank_manifest(self, data: bytes) -> RankManifest:
         where = self._where(self._file.manifest)

@@ -1,26 +1,28 @@
 """Filling tensors from a checkpoint: plan, check, then read, verify and place, range by range."""
 
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Final, NamedTuple
 
 import torch
 from torch.autograd.graph import increment_version
 
+from shardckpt import launch
 from shardckpt.box import Box
 from shardckpt.codecs import DTYPE_NAMES, digest, digests_text, torch_dtype
 from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StateMismatchError, UsageError
 from shardckpt.manifest import Manifest
 from shardckpt.planner import ReadItem, Wanted, plan_load
-from shardckpt.reader.fetch import PAGE, Extent, Range, ranges, union
+from shardckpt.reader.common import Crowd, sample
+from shardckpt.reader.fetch import PAGE, Extent, Range, ranges, steps, union
 from shardckpt.reader.place import Placement, Target
 from shardckpt.reader.shards import Piece, ShardFile
-from shardckpt.staging import Budget, StagingPool
+from shardckpt.staging import Block, Budget, StagingPool
 from shardckpt.storage import BLOCK, Storage
 from shardckpt.workers import THREADS, for_each
 
@@ -28,6 +30,8 @@ READ_MEMORY: Final = 256 << 20
 """Bytes of bounce buffers that one read may hold unless the caller says otherwise."""
 MIN_RANGE: Final = 1 << 20
 """Bytes below which a range is not cut further, so that more threads could read at the same time."""
+_CROWD_DEPTH: Final = 2
+"""Times as many threads read what comes through the page cache: their requests become smaller ones on the way."""
 
 
 @dataclass
@@ -40,7 +44,6 @@ class ReadStats:
     """Bytes that came from other ranks, which read them."""
     placing: bool = False
     """Whether targets may have been changed. Set just before the first byte of one is."""
-    seconds: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def count(self, nbytes: int) -> None:
@@ -75,30 +78,21 @@ def read_targets(
         StorageError: the storage failed.
     """
     stats = ReadStats() if stats is None else stats
-    with timed(stats):
-        reading = Reading(
-            manifest,
-            storage,
-            targets,
-            pool=pool,
-            threads=threads,
-            read_memory=read_memory,
-            convert_dtype=convert_dtype,
-            stats=stats,
-        )
-        with reading.placing():
-            reading.everything()
+    reading = Reading(
+        manifest,
+        storage,
+        targets,
+        pool=pool,
+        threads=threads,
+        read_memory=read_memory,
+        convert_dtype=convert_dtype,
+        stats=stats,
+    )
+    with reading.placing():
+        # Nobody asks them, but processes of one job mostly load the same.
+        siblings = launch.siblings()
+        reading.everything(siblings and Crowd(*siblings))
     return stats
-
-
-@contextmanager
-def timed(stats: ReadStats) -> Iterator[None]:
-    """Enclose a read, so that its statistics say how long it took."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        stats.seconds = time.perf_counter() - start
 
 
 class Reading:
@@ -162,20 +156,28 @@ class Reading:
                 for target in self._all_targets():
                     increment_version(target.tensor)
 
-    def everything(self) -> None:
-        """Fill all targets. All needed files are checked before anything is placed."""
+    def sample(self) -> list[int]:
+        """Of what is wanted, to be compared with that of other ranks by `is_common`."""
+        return sample(point for file in self._files for point in file.points())
+
+    def everything(self, crowd: Crowd | None = None) -> None:
+        """Fill all targets. All needed files are checked before anything is placed.
+
+        `crowd`: other processes on this host are about to read the same bytes.
+        """
         self._open(self._files)
-        self._run([(file, piece) for file in self._files for piece in ranges(file.extents.values())])
+        self._run([(file, piece) for file in self._files for piece in ranges(file.extents.values())], crowd)
 
     def cells(
         self,
         wanted: Mapping[tuple[str, int], Sequence[tuple[int, int]]],
         others: Mapping[tuple[str, int], Sequence[Placement]],
+        crowd: Crowd | None = None,
     ) -> None:
         """Read and verify some cells of some entries, and place what targets want of them, and `others` likewise.
 
-        `wanted`: runs of cells by stored name and shard, of entries of which some target wants something. Safe in
-        another thread than the one that encloses it in `placing`.
+        `wanted`: runs of cells by stored name and shard, of entries of which some target wants something. `crowd` is
+        that of `everything`. Safe in another thread than the one that encloses it in `placing`.
         """
         files = self.open(wanted)
         extents: defaultdict[int, list[Extent[Piece]]] = defaultdict(list)
@@ -188,7 +190,8 @@ class Reading:
             extents[id(file)].append(extent.narrowed(cells, piece.also(others.get(entry, ()))))
         # As many ranges as there are threads, so that even little is read in parallel.
         most = min(BLOCK, max(MIN_RANGE, -(-nbytes // self.threads // PAGE) * PAGE))
-        self._run([(files[key], piece) for key, found in extents.items() for piece in ranges(found, most=most)])
+        work = [(files[key], piece) for key, found in extents.items() for piece in ranges(found, most=most)]
+        self._run(work, crowd)
 
     def open(self, wanted: Iterable[tuple[str, int]]) -> dict[int, ShardFile]:
         """Open the files of entries, by stored name and shard, unless they are open; returns them by their ``id``."""
@@ -202,25 +205,35 @@ class Reading:
     def _open_one(self, file: ShardFile) -> None:
         self.stats.count(file.open())
 
-    def _run(self, work: Sequence[tuple[ShardFile, Range[Piece]]]) -> None:
-        for_each(work, self._read, threads=self.threads, name="read")
+    def _run(self, work: Sequence[tuple[ShardFile, Range[Piece]]], crowd: Crowd | None) -> None:
+        threads = self.threads
+        if crowd is not None:
+            work, threads = crowd.order(work), threads * _CROWD_DEPTH
+        for_each(work, partial(self._read, cached=crowd is not None), threads=threads, name="read")
 
-    def _read(self, work: tuple[ShardFile, Range[Piece]]) -> None:
-        """Read one range, and verify and place what it holds."""
+    def _read(self, work: tuple[ShardFile, Range[Piece]], *, cached: bool) -> None:
+        """Read one range, and verify and place what it holds; `cached` is for what is not in a cache yet."""
         file, wanted = work
         block = self._budget.acquire()
         try:
-            stop = min(-(-wanted.stop // PAGE) * PAGE, file.size)
-            memory = block.memory[: stop - wanted.start]
-            file.read_into(wanted.start, memory)
-            self.stats.count(len(memory))
-            with self.mode():
-                for run in wanted.runs:
-                    run.extent.subject.verify(run, block, wanted.start)
-                    self.stats.placing = True
-                    run.extent.subject.place(run, block, wanted.start)
+            if file.in_cache(wanted.start, wanted.stop):
+                for step in steps(wanted):
+                    self._read_at_once(file, step, block, cached=True)
+            else:
+                self._read_at_once(file, wanted, block, cached=cached)
         finally:
             block.release()
+
+    def _read_at_once(self, file: ShardFile, wanted: Range[Piece], block: Block, *, cached: bool) -> None:
+        stop = min(-(-wanted.stop // PAGE) * PAGE, file.size)
+        memory = block.memory[: stop - wanted.start]
+        file.read_into(wanted.start, memory, cached=cached)
+        self.stats.count(len(memory))
+        with self.mode():
+            for run in wanted.runs:
+                run.extent.subject.verify(run, block, wanted.start)
+                self.stats.placing = True
+                run.extent.subject.place(run, block, wanted.start)
 
     def _all_targets(self) -> Iterator[Target]:
         return chain.from_iterable(self.targets.values())

@@ -15,11 +15,12 @@ from shardckpt.coordinator import Operation, turn
 from shardckpt.manifest import Manifest
 from shardckpt.options import ShareReads
 from shardckpt.planner import Wanted
+from shardckpt.reader.common import Crowd, is_common
 from shardckpt.reader.exchange import LIMIT, TRIAL_ROUNDS, Exchange, Part
 from shardckpt.reader.gains import Trial, bytes_by_file, exchange_is_faster, most_spared, parts_in, worthwhile
 from shardckpt.reader.place import Target
 from shardckpt.reader.rounds import Rounds, has_group, join_group, runs_of
-from shardckpt.reader.targets import READ_MEMORY, Reading, ReadStats, read_targets, timed
+from shardckpt.reader.targets import READ_MEMORY, Reading, ReadStats, read_targets
 from shardckpt.reader.wants import Stored, View, Wants, demand_of, wants_of
 from shardckpt.staging import StagingPool
 from shardckpt.storage import BLOCK, Storage
@@ -37,6 +38,8 @@ class _Opening(msgspec.Struct, array_like=True):
     share: bool | str
     cache: str
     """Through which it reads; empty for none."""
+    sample: list[int]
+    """Of what it wants, for those that have the same cache."""
 
 
 class _Asking(msgspec.Struct, array_like=True):
@@ -71,33 +74,34 @@ def read_together(
     `patience` is in seconds: how long one rank may wait for another that reads. Call it in a `turn` of all ranks: the
     last steps are made without another agreement.
     """
-    with timed(stats):
-        if operation.world_size == 1:
-            read_targets(manifest, storage, prepare(), pool=pool, convert_dtype=convert_dtype, stats=stats)
-            return
-        with turn(operation, "share") as said:
-            reading = Reading(
-                manifest,
-                storage,
-                prepare(),
-                pool=pool,
-                threads=THREADS,
-                read_memory=READ_MEMORY,
-                convert_dtype=convert_dtype,
-                stats=stats,
-            )
-            said.word = msgspec.msgpack.encode(_Opening(share, storage.read_cache))
-        openings = [msgspec.msgpack.decode(word, type=_Opening) for word in said.heard]
-        forced = all(opening.share is True for opening in openings)
-        plan = None
-        if forced or _may_gain(openings):
-            plan = _agree_on_plan(operation, reading, _stored_in(manifest), forced=forced)
-        rounds = None if plan is None else _join(plan, reading, operation, patience)
-        with reading.placing():
-            if rounds is None:
-                reading.everything()
-            else:
-                _share(rounds, reading, operation, patience)
+    if operation.world_size == 1:
+        read_targets(manifest, storage, prepare(), pool=pool, convert_dtype=convert_dtype, stats=stats)
+        return
+    with turn(operation, "share") as said:
+        reading = Reading(
+            manifest,
+            storage,
+            prepare(),
+            pool=pool,
+            threads=THREADS,
+            read_memory=READ_MEMORY,
+            convert_dtype=convert_dtype,
+            stats=stats,
+        )
+        cache = storage.read_cache
+        said.word = msgspec.msgpack.encode(_Opening(share, cache, reading.sample() if cache else []))
+    openings = [msgspec.msgpack.decode(word, type=_Opening) for word in said.heard]
+    crowd = _crowd(openings, operation.rank)
+    forced = all(opening.share is True for opening in openings)
+    plan = None
+    if forced or _may_gain(openings):
+        plan = _agree_on_plan(operation, reading, _stored_in(manifest), forced=forced)
+    rounds = None if plan is None else _join(plan, reading, operation, patience)
+    with reading.placing():
+        if rounds is None:
+            reading.everything(crowd)
+        else:
+            _share(rounds, reading, operation, patience, crowd)
 
 
 def _may_gain(openings: Sequence[_Opening]) -> bool:
@@ -107,6 +111,15 @@ def _may_gain(openings: Sequence[_Opening]) -> bool:
     """
     caches = {opening.cache for opening in openings}
     return all(opening.share for opening in openings) and (len(caches) > 1 or caches == {""})
+
+
+def _crowd(openings: Sequence[_Opening], rank: int) -> Crowd | None:
+    """Those that will read what this rank reads from the same cache; None where they are few or want little of it."""
+    own = openings[rank]
+    near = [other for other, opening in enumerate(openings) if own.cache and opening.cache == own.cache]
+    if not is_common(own.sample, [openings[other].sample for other in near if other != rank]):
+        return None
+    return Crowd(near.index(rank), len(near))
 
 
 def _agree_on_plan(
@@ -156,14 +169,14 @@ def _join(plan: Exchange, reading: Reading, operation: Operation, patience: floa
     return None if b"no" in joined.heard else rounds
 
 
-def _share(rounds: Rounds, reading: Reading, operation: Operation, patience: float) -> None:
-    """Fill the targets as planned, if that is the faster way."""
+def _share(rounds: Rounds, reading: Reading, operation: Operation, patience: float, crowd: Crowd | None) -> None:
+    """Fill the targets as planned, if that is the faster way; `crowd` is for what is read alone."""
     rank, plan = operation.rank, rounds.plan
     left = plan.rounds
     if plan.trial:
         first, left = left[:TRIAL_ROUNDS], left[TRIAL_ROUNDS:]
         with turn(operation, "trial", patience) as tried:
-            tried.word = msgspec.msgpack.encode(_try(plan, first, reading, rounds, rank))
+            tried.word = msgspec.msgpack.encode(_try(plan, first, reading, rounds, rank, crowd))
         seconds = [msgspec.msgpack.decode(word, type=tuple[float, float]) for word in tried.heard]
         cells = sum(part.stop - part.first for part in plan.trial)
         # So few cells don't keep all threads busy. With more, reading alone would be as many times as fast, at best.
@@ -176,7 +189,7 @@ def _share(rounds: Rounds, reading: Reading, operation: Operation, patience: flo
         if not shares:
             parts = [part for current in left for parts in current.values() for part in parts]
             mine = [part for part in parts if plan.view_of[rank] in part.views]
-            reading.cells(runs_of([*plan.own[rank], *mine]), {})
+            reading.cells(runs_of([*plan.own[rank], *mine]), {}, crowd)
             return
     with turn(operation, "exchange", patience):
         rounds.run(left)
@@ -184,7 +197,12 @@ def _share(rounds: Rounds, reading: Reading, operation: Operation, patience: flo
 
 
 def _try(
-    plan: Exchange, first: Sequence[Mapping[int, Sequence[Part]]], reading: Reading, rounds: Rounds, rank: int
+    plan: Exchange,
+    first: Sequence[Mapping[int, Sequence[Part]]],
+    reading: Reading,
+    rounds: Rounds,
+    rank: int,
+    crowd: Crowd | None,
 ) -> tuple[float, float]:
     """Seconds that this rank takes to read the trial's parts alone, and to do the `first` rounds but the very first."""
     alone = [part for part in plan.trial if plan.view_of[rank] in part.views]
@@ -199,7 +217,7 @@ def _try(
     if rounds.meet(failure):
         started = time.perf_counter()
         try:
-            reading.cells(runs_of(alone), {})
+            reading.cells(runs_of(alone), {}, crowd)
         except BaseException as error:  # noqa: BLE001 - it is raised when the others know
             failure = error
         times[0] = time.perf_counter() - started

@@ -103,12 +103,25 @@ class Storage(Protocol):
             CorruptCheckpointError: it is larger than ``limit`` bytes, or not a regular file.
         """
 
-    def read_into(self, name: str, offset: int, into: memoryview) -> None:
+    def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
         """Fill ``into`` (one-dimensional, contiguous, writable) with the object's bytes from ``offset`` on.
+
+        ``cached`` is whether to go through `read_cache`: for what is in it, or what others that have the same will want
+        of it soon. Without, local storage reads past the cache where that can be done, which is faster for data that is
+        not in it and leaves none there.
 
         Raises:
             ObjectNotFoundError: the object does not exist.
             CorruptCheckpointError: the object ends before ``into`` is full. ``into`` may be partly overwritten.
+        """
+
+    def in_cache(self, name: str, offset: int, nbytes: int) -> bool:
+        """Tell whether `read_cache` has these bytes, as far as samples show; False where nobody knows.
+
+        Reads nothing, and changes nothing in the cache.
+
+        Raises:
+            ObjectNotFoundError: the object does not exist; not every storage looks.
         """
 
     def size(self, name: str) -> int:

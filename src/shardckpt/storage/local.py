@@ -71,10 +71,18 @@ class LocalStorage:
             _fill(path, descriptor, 0, memoryview(data))
             return bytes(data)
 
-    def read_into(self, name: str, offset: int, into: memoryview) -> None:
+    def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
         path = self.path_of(name)
+        into = octets(into)
         with translating("read", path), _opened(path) as (descriptor, _):
-            _fill(path, descriptor, offset, octets(into))
+            done = 0 if cached else posix.read_direct(descriptor, into, offset)
+            _fill(path, descriptor, offset + done, into[done:])
+
+    def in_cache(self, name: str, offset: int, nbytes: int) -> bool:
+        path = self.path_of(name)
+        with translating("look at", path), _opened(path) as (descriptor, size):
+            nbytes = min(nbytes, size - offset)
+            return nbytes > 0 and posix.is_resident(descriptor, offset, nbytes)
 
     def size(self, name: str) -> int:
         path = self.path_of(name)
@@ -265,7 +273,7 @@ def _opened(path: str) -> Iterator[tuple[int, int]]:
 
 
 def _fill(path: str, descriptor: int, offset: int, into: memoryview) -> None:
-    """Fill ``into`` from byte ``offset`` on; every read of a local file ends here."""
+    """Fill ``into`` from byte ``offset`` on; every read of a local file ends here, that of its last bytes at least."""
     wanted = len(into)
     while into:
         got = os.preadv(descriptor, [into], offset)

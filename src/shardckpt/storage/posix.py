@@ -6,13 +6,19 @@ The functions raise plain :class:`OSError`; :mod:`shardckpt.storage.local` says 
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import platform
+import sys
 from functools import cache
 from typing import Any
 
 PAGE = 4096
 """Bytes to which address, offset and length of direct I/O are aligned."""
+
+_SAMPLES = 8
+"""Pages by which a stretch of a file is judged to be in the page cache."""
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 # What a file system answers when it cannot reserve space or bypass the page cache, rather than failing at it.
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY, errno.ENODEV}
@@ -71,6 +77,88 @@ def write_direct(descriptor: int, data: memoryview, offset: int) -> int:
             # The next direct write would be misaligned; finish with whole pages through the cache.
             return done // PAGE * PAGE
     return done
+
+
+def read_direct(descriptor: int, into: memoryview, offset: int) -> int:
+    """Fill whole pages of ``into`` past the page cache and return how many bytes came; the rest is for the caller.
+
+    Less than the whole pages come where the file ends before, and none where memory or ``offset`` is not aligned or the
+    file system will not do it. The descriptor reads through the cache again afterwards.
+    """
+    end = len(into) // PAGE * PAGE
+    done = 0
+    if offset % PAGE or not is_aligned(into) or not _set_direct(descriptor, on=True):
+        return 0
+    try:
+        # A read that ends within a page is the file's last, and the next would be misaligned.
+        while done < end and done % PAGE == 0:
+            got = os.preadv(descriptor, [into[done:end]], offset + done)
+            if not got:
+                break
+            done += got
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        _set_direct(descriptor, on=False)
+    return done
+
+
+def _set_direct(descriptor: int, *, on: bool) -> bool:
+    """Have an open file bypass the page cache, or not; False where it can't."""
+    direct: int | None = getattr(os, "O_DIRECT", None)
+    if direct is None:
+        return False
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | direct if on else flags & ~direct)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return False
+    return True
+
+
+def is_resident(descriptor: int, offset: int, nbytes: int) -> bool:
+    """Tell whether the page cache has bytes of a file, judged by a few of its pages; False where it will not be told.
+
+    Not by reading with ``RWF_NOWAIT``: where the data is not there, that has the kernel fetch it (tried: 2 MiB for a
+    request of one).
+    """
+    status = os.fstat(descriptor)
+    calls = _residency()
+    # For a file of somebody else the kernel says that all is there.
+    if calls is None or (status.st_uid != os.geteuid() and os.geteuid() != 0):
+        return False
+    start = offset // PAGE * PAGE
+    nbytes += offset - start
+    address = calls.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, start)
+    if address in (None, _MAP_FAILED):
+        return False
+    try:
+        pages = -(-nbytes // PAGE)
+        found = ctypes.c_ubyte()
+        for sample in range(_SAMPLES):
+            page = sample * (pages - 1) // (_SAMPLES - 1)
+            if calls.mincore(address + page * PAGE, PAGE, ctypes.byref(found)) or not found.value & 1:
+                return False
+        return True
+    finally:
+        calls.munmap(address, nbytes)
+
+
+@cache
+def _residency() -> Any:
+    """The C library with the calls that `is_resident` makes, or None where they would not mean the same."""
+    if sys.platform != "linux" or mmap.PAGESIZE != PAGE:
+        return None
+    library = ctypes.CDLL(None)
+    library.mmap.restype = ctypes.c_void_p
+    whole, integer = ctypes.c_size_t, ctypes.c_int
+    library.mmap.argtypes = (ctypes.c_void_p, whole, integer, integer, integer, ctypes.c_long)
+    library.munmap.argtypes = (ctypes.c_void_p, whole)
+    library.mincore.argtypes = (ctypes.c_void_p, whole, ctypes.c_void_p)
+    return library
 
 
 def write_fully(descriptor: int, data: memoryview, offset: int) -> None:

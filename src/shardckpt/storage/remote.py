@@ -67,7 +67,7 @@ class RemoteStorage:
         with self.translating("read", name):
             return bytes(retrying(lambda: self.filesystem.cat_file(self.path_of(name))))
 
-    def read_into(self, name: str, offset: int, into: memoryview) -> None:
+    def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:  # noqa: ARG002 - there is no cache
         into = octets(into)
         for done in range(0, len(into), READ_PIECE):
             piece = into[done : done + READ_PIECE]
@@ -78,6 +78,10 @@ class RemoteStorage:
                     f"{len(data)} are there"
                 )
             piece[:] = data
+
+    def in_cache(self, name: str, offset: int, nbytes: int) -> bool:  # noqa: ARG002 - there is none
+        check_name(name)
+        return False
 
     def size(self, name: str) -> int:
         path = self.path_of(name)
