@@ -15,7 +15,7 @@ import shardckpt
 PACKAGE = Path(shardckpt.__file__).parent
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "box", "workers", "reports", "filenames"}),
+    frozenset({"errors", "box", "workers", "reports", "filenames", "garbage"}),
     frozenset(
         {
             "launch",

@@ -25,6 +25,7 @@ from shardckpt.errors import (
     TensorNotFoundError,
     UnsafeLoadError,
 )
+from shardckpt.garbage import held_off
 from shardckpt.indexing import Index, select
 from shardckpt.manifest import Manifest
 from shardckpt.options import Path, ShareReads
@@ -150,7 +151,7 @@ class OpenCheckpoint:
         operation = self._begin(f"load({self.path!r})")
         started = time.monotonic()
         stats = ReadStats()
-        with turn(operation, "match") as matched:
+        with turn(operation, "match") as matched, held_off():
             check_root(state)
             match = self._match(
                 parameter_names(state),
@@ -293,6 +294,7 @@ class OpenCheckpoint:
     def _fill(self, match: Match, *, convert_dtype: bool, stats: ReadStats, operation: Operation | None = None) -> None:
         """Read the tensors of a match; with ``operation``, all its ranks do, and may read for each other."""
 
+        @held_off()
         def targets() -> list[Target]:
             try:
                 return _targets(match.allocate())

@@ -27,6 +27,7 @@ from shardckpt.errors import (
     UncertainCommitError,
 )
 from shardckpt.filenames import MANIFEST
+from shardckpt.garbage import held_off
 from shardckpt.manifest import FileEntry, Manifest, RankManifest, RankValues, TensorEntry, TensorHead
 from shardckpt.state import merge
 from shardckpt.state.schema import check_skeleton
@@ -96,6 +97,7 @@ def get_rank_manifest(storage: Storage, entry: FileEntry) -> RankManifest:
     return mf.decode_rank_manifest(data, f"{storage.url}/{entry.manifest}")
 
 
+@held_off()
 def assemble(
     save_id: str,
     files: Sequence[FileEntry],

@@ -7,6 +7,7 @@ import msgspec
 import zstandard
 
 from shardckpt.errors import CorruptCheckpointError, UnsupportedFormatError
+from shardckpt.garbage import held_off
 from shardckpt.manifest.checks import MAX_MANIFEST_BYTES, problems, rank_problems, refuse
 from shardckpt.manifest.records import VERSION, Manifest, RankManifest, check_format
 
@@ -16,6 +17,7 @@ COMPRESS_ABOVE: Final = 1 << 20
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
+@held_off()
 def encode(manifest: Manifest | RankManifest) -> bytes:
     """The bytes of a manifest: JSON with one line per tensor, zstd-compressed past ``COMPRESS_ABOVE``."""
     lines = []
@@ -97,6 +99,7 @@ def _refuse_newer(data: bytes, where: str, error: Exception) -> None:
         return
 
 
+@held_off()
 def decode_manifest(data: bytes, where: str) -> Manifest:
     """Parse and check ``manifest.json``.
 
@@ -108,6 +111,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
+@held_off()
 def decode_rank_manifest(data: bytes, where: str) -> RankManifest:
     """Parse and check one rank's manifest; raises as `decode_manifest` does."""
     manifest = _decode(data, RankManifest, where)

@@ -18,6 +18,7 @@ from shardckpt.codecs import (
     torch_dtype,
 )
 from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, UnsupportedFormatError
+from shardckpt.garbage import held_off
 from shardckpt.manifest import FileEntry, RankManifest, ShardEntry, TensorEntry, decode_rank_manifest
 from shardckpt.reader.common import points
 from shardckpt.reader.fetch import PAGE, Extent, Run, cells_of, union
@@ -172,7 +173,11 @@ class ShardFile:
             data = self._storage.get(self._file.manifest, limit=self._file.manifest_size)
         except ObjectNotFoundError as error:
             raise CorruptCheckpointError(f"a file of the checkpoint is missing: {error}") from error
-        manifest = self._rank_manifest(data)
+        with held_off():
+            self.extents = self._extents(self._rank_manifest(data))
+        return len(data)
+
+    def _extents(self, manifest: RankManifest) -> dict[tuple[str, int], Extent[Piece]]:
         entries = {(entry.fqn, entry.offset): entry for entry in manifest.entries.values()}
         where = self._where(self._file.name)
         extents = {}
@@ -183,8 +188,7 @@ class ShardFile:
                     f"{self._where(self._file.manifest)} doesn't list tensor {piece.fqn!r} at byte {piece.offset}"
                 )
             extents[piece.entry] = piece.extent(entry, where)
-        self.extents = extents
-        return len(data)
+        return extents
 
     def points(self) -> Iterator[int]:
         """What stands for the wanted bytes, so that ranks can compare; see `reader.common`."""

@@ -16,6 +16,7 @@ from shardckpt import launch
 from shardckpt.box import Box
 from shardckpt.codecs import DTYPE_NAMES, digest, digests_text, torch_dtype
 from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StateMismatchError, UsageError
+from shardckpt.garbage import held_off
 from shardckpt.manifest import Manifest
 from shardckpt.planner import ReadItem, Wanted, plan_load
 from shardckpt.reader.common import Crowd, sample
@@ -98,6 +99,7 @@ def read_targets(
 class Reading:
     """What one rank reads for its targets, at once or in parts. Nothing is read before it is asked for."""
 
+    @held_off()
     def __init__(
         self,
         manifest: Manifest,
@@ -260,6 +262,7 @@ class _Plan(NamedTuple):
     items: list[ReadItem]
 
 
+@held_off()
 def _plan(manifest: Manifest, storage: Storage, targets: Sequence[Target | Wanted]) -> _Plan:
     names = [manifest.aliases.get(target.fqn, target.fqn) for target in targets]
     boxes: dict[str, list[Box]] = {}

@@ -8,6 +8,7 @@ from typing import Final
 
 from shardckpt import filenames
 from shardckpt.errors import SaveFailedError
+from shardckpt.garbage import held_off
 from shardckpt.launch import cores_per_rank
 from shardckpt.saving.jobs import Order, SaveJob
 from shardckpt.saving.overlap import Overlap, begin_overlap
@@ -49,10 +50,11 @@ def write(
     """
     save_id, rank = order.pending.save_id, order.operation.rank
     try:
-        found = sources(order.structure.plan, flat)
-        writer = ShardWriter(
-            order.storage, filenames.shard_name(rank, save_id), save_id, rank, found, pool=pool, codec=codec
-        )
+        with held_off():
+            found = sources(order.structure.plan, flat)
+            writer = ShardWriter(
+                order.storage, filenames.shard_name(rank, save_id), save_id, rank, found, pool=pool, codec=codec
+            )
     except Exception as error:  # noqa: BLE001 - the others are under way: this rank has to join them and say so
         job = SaveJob(order, error)
         submit(job)

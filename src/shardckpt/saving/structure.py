@@ -13,6 +13,7 @@ import zstandard
 from shardckpt.box import Box, relative_to, slices
 from shardckpt.codecs import ITEMSIZE, digest, digests_text
 from shardckpt.coordinator import Operation, turn
+from shardckpt.garbage import held_off
 from shardckpt.manifest import TensorHead
 from shardckpt.planner import Held, ShardPlan, plan_save
 from shardckpt.safetensors_format import entry_key
@@ -107,6 +108,7 @@ def exchange(operation: Operation, flat: Flattened) -> Descriptions:
     return Descriptions(digested.heard, operation.agree("structure", body if is_first else b""))
 
 
+@held_off()
 def plan(descriptions: Descriptions, openings: Sequence[Opening], rank: int) -> Structure:
     """What follows from what all ranks hold, the same on each; raises ConflictingStateError where they disagree."""
     digests = descriptions.digests
@@ -136,6 +138,7 @@ def plan(descriptions: Descriptions, openings: Sequence[Opening], rank: int) -> 
     )
 
 
+@held_off()
 def _describe(flat: Flattened, world_size: int) -> _WireStructure:
     tensors = [
         _WireTensor(

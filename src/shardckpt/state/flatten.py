@@ -14,6 +14,7 @@ import xxhash
 from torch import Tensor, nn
 
 from shardckpt.errors import UnserialisableError, UsageError
+from shardckpt.garbage import held_off
 from shardckpt.state import names, values
 from shardckpt.state.beside import is_sharded, parts
 from shardckpt.state.flattened import Flattened, check_names
@@ -36,6 +37,7 @@ _LEFT_OUT: Final = object()
 """In place of a node: nothing of the value is selected."""
 
 
+@held_off()
 def flatten(
     state: Any,
     *,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from shardckpt.errors import CorruptCheckpointError
+from shardckpt.garbage import held_off
 from shardckpt.manifest import Manifest
 from shardckpt.state import values
 from shardckpt.state.skeleton import SPARSE_PARTS, per_rank_place
@@ -22,6 +23,7 @@ Child = tuple[str, Json]
 """The path of a node, for messages, and the node."""
 
 
+@held_off()
 def check_skeleton(manifest: Manifest, where: str) -> None:
     """Raise CorruptCheckpointError, naming the place in the state, where ``manifest.state`` cannot be restored.
 

@@ -7,6 +7,7 @@ from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from shardckpt.codecs import digest, digests_text
+from shardckpt.garbage import held_off
 from shardckpt.manifest import RankManifest, ShardEntry
 from shardckpt.staging import Block, Source, StagingPool
 from shardckpt.storage import Storage
@@ -137,6 +138,7 @@ class ShardWriter:
             if block is not None:
                 block.release()
 
+    @held_off()
     def _describe(self, stored: Stored) -> RankManifest:
         entries = {}
         for source, entry in zip(self._sources, stored.entries, strict=True):
