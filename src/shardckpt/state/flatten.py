@@ -5,31 +5,37 @@ Kinds are asked for here once. Above this floor there are only `LocalTensor`s, J
 
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
+from shardckpt.box import Box
 from shardckpt.errors import UnserialisableError, UsageError
 from shardckpt.garbage import held_off
 from shardckpt.state import names, values
 from shardckpt.state.beside import is_sharded, parts
 from shardckpt.state.flattened import Flattened, check_names
 from shardckpt.state.leaves import (
+    Kind,
+    address,
     check_data,
     is_distributed,
     is_raw_tensor,
     is_uninitialised,
     layout_name,
     local_tensor,
-    memory_key,
+    of_kind,
+    ordinary,
 )
 from shardckpt.state.per_rank import PerRank, rank_path
 from shardckpt.state.selection import Selection, matches
 from shardckpt.state.skeleton import MAX_DEPTH, SPARSE_PARTS
+from shardckpt.state.tied import Tied
 
 Json = Any
 
@@ -70,11 +76,11 @@ def flatten(
     walk.result.skeleton = walk.node(state, "", False)
     if walk.result.skeleton is _LEFT_OUT:
         raise UsageError(f"include={include!r} and exclude={exclude!r} leave nothing of the state to save.")
-    walk.result.structure = walk.structure.hexdigest()
-    walk.result.outline = "" if is_share else walk.outline.hexdigest()
+    walk.result.structure = walk.structure()
+    walk.result.outline = "" if is_share else walk.outline()
     if own.nodes:
         own.result.skeleton = own.nodes
-        own.result.structure = own.structure.hexdigest()
+        own.result.structure = own.structure()
         check_names(walk.result, own.result)
         walk.check_optimizers()
         walk.result.own = own.result
@@ -98,20 +104,29 @@ class _Flattener:
         self.nodes: dict[str, Json] = {}
         self._rank = rank
         self._own = own
-        self.structure = xxhash.xxh3_128()
-        self.outline = xxhash.xxh3_128()
+        self._facts: list[str] = []
+        self._places: list[str] = []
         self._parameters = parameters
         self._replicated = replicated
         self._selected = selected
-        self._memory: dict[Hashable, str] = {}
+        self._takes_all = selected.takes_all
+        self._tied = Tied()
         self.open: set[int] = set() if own is None else own.open
         self._optimized: list[tuple[str, Tensor]] = []
         """Parameters without a name, and the places of their optimizers."""
 
+    def structure(self) -> str:
+        """See `Flattened.structure`."""
+        return _digest(self._facts)
+
+    def outline(self) -> str:
+        """See `Flattened.outline`, of a whole state."""
+        return _digest(self._places)
+
     def node(self, value: Any, path: str, split: bool) -> Json:
         """The skeleton of ``value``, or `_LEFT_OUT`. ``split`` says that its tensors are equal on all ranks."""
         if isinstance(value, Tensor):
-            return self._tensor(value, path, split) if self._selected(path) else _LEFT_OUT
+            return self._tensor(value, path, split) if self._takes_all or self._selected(path) else _LEFT_OUT
         if names.is_module(value):
             return self._module(value, path)
         if names.is_optimizer(value):
@@ -142,8 +157,8 @@ class _Flattener:
         """Raise UsageError for an optimizer over what differs by rank, whose state would be taken for that of all."""
         assert self._own is not None, "the walk over what differs by rank has none beneath it"
         for path, parameter in self._optimized:
-            name = self._own._memory.get(memory_key(parameter))  # noqa: SLF001 - of the same class
-            if name is not None and memory_key(parameter) not in self._memory:
+            name = self._own._tied.name_of(parameter)  # noqa: SLF001 - of the same class
+            if name is not None and self._tied.name_of(parameter) is None:
                 raise UsageError(
                     f"the optimizer at {path or 'the root'!r} is over {name!r}, which differs by rank; put the"
                     " optimizer into the same PerRank."
@@ -161,7 +176,7 @@ class _Flattener:
         return self._object(value, path)
 
     def _note(self, kind: str, path: str) -> None:
-        self.outline.update(f"{kind}\0{path}\0".encode())
+        self._places.append(f"{kind}\0{path}\0")
 
     @contextmanager
     def _inside(self, value: Any, path: str) -> Iterator[None]:
@@ -208,6 +223,8 @@ class _Flattener:
         return items if type(value) is tuple else {f"${type(value).__name__}": items}
 
     def _key(self, key: Any, path: str) -> Json:
+        if type(key) is str and key.isascii():
+            return key
         if type(key) is tuple:
             return {"$tuple": [self._key(item, path) for item in key]}
         encoded = values.encode_scalar(key)
@@ -219,40 +236,45 @@ class _Flattener:
         return encoded
 
     def _tensor(self, value: Tensor, path: str, split: bool) -> Json:
-        if is_uninitialised(value):
-            raise UnserialisableError(
-                f"parameter {path!r} is lazy and has no shape yet; run the module once before saving."
-            )
-        if layout_name(value) in SPARSE_PARTS and not value.is_quantized and not value.is_nested:
-            return self._sparse(value, path, split)
-        if not is_raw_tensor(value):
-            return self._object(value, path)
-        if self._own is None and is_distributed(value):
-            raise UnserialisableError(
-                f"{path!r} is a {type(value).__name__} in a PerRank, though each rank has but a part of it: take it out"
-                " of the PerRank, or put only its local tensor there."
-            )
+        kind = ordinary(value)
+        if kind is None:
+            if is_uninitialised(value):
+                raise UnserialisableError(
+                    f"parameter {path!r} is lazy and has no shape yet; run the module once before saving."
+                )
+            if layout_name(value) in SPARSE_PARTS and not value.is_quantized and not value.is_nested:
+                return self._sparse(value, path, split)
+            if not is_raw_tensor(value):
+                return self._object(value, path)
+            if self._own is None and is_distributed(value):
+                raise UnserialisableError(
+                    f"{path!r} is a {type(value).__name__} in a PerRank, though each rank has but a part of it: take it"
+                    " out of the PerRank, or put only its local tensor there."
+                )
         name = self._unique(path)
-        key = memory_key(value)
-        if key is not None and key in self._memory:
-            self.result.aliases[name] = self._memory[key]
+        first = self._tied.add(value, name, _place(value, kind))
+        if first is not None:
+            self.result.aliases[name] = first
             self._note("a", name)
-            self.structure.update(f"{name}\0{self._memory[key]}\0".encode())
+            self._facts.append(f"{name}\0{first}\0")
             return {"$tensor": name}
-        leaf = local_tensor(name, value, split=split or self._replicated(name))
-        check_data(name, value, leaf.views)
-        if key is not None:
-            self._memory[key] = name
+        split = split or self._replicated(name)
+        if kind is not None:
+            leaf = of_kind(name, value, kind, split=split)
+        else:
+            leaf = local_tensor(name, value, split=split)
+            check_data(name, value, leaf.views)
         self.result.tensors[name] = leaf
         self._note("t", name)
-        boxes = [(*box.offsets, *box.lengths) for box in leaf.boxes]
-        self.structure.update(f"{name}\0{leaf.shape}{leaf.dtype}{leaf.split}{leaf.location}{boxes}\0".encode())
+        self._facts.append(f"{name}\0{_layout_text(leaf.shape, leaf.dtype, leaf.split, leaf.location, leaf.boxes)}\0")
         return {"$tensor": name}
 
     def _unique(self, path: str) -> str:
         """``path``, or, where something else has that name ({"a": {"b": t}, "a.b": u}), a variant of it."""
         found = self.result
-        return names.unique(path, lambda name: name in found.tensors or name in found.aliases or name in found.objects)
+        if path in found.tensors or path in found.aliases or path in found.objects:
+            return names.unique(path, lambda n: n in found.tensors or n in found.aliases or n in found.objects)
+        return path
 
     def _sparse(self, value: Tensor, path: str, split: bool) -> Json:
         layout = layout_name(value)
@@ -383,6 +405,22 @@ class _Flattener:
         self.result.objects[name] = data
         self._note("p", name)
         return {"$object": name}
+
+
+def _place(tensor: Tensor, kind: Kind | None) -> int:
+    """The `address` of a tensor, of which the kind says most of what has to be asked."""
+    if kind is None:
+        return address(tensor)
+    return tensor.data_ptr() if kind.boxes else 0
+
+
+def _digest(parts: list[str]) -> str:
+    return xxhash.xxh3_128_hexdigest("".join(parts).encode())
+
+
+@lru_cache(maxsize=4096)
+def _layout_text(shape: tuple[int, ...], dtype: str, split: bool, location: str, boxes: tuple[Box, ...]) -> str:
+    return f"{shape}{dtype}{split}{location}{[(*box.offsets, *box.lengths) for box in boxes]}"
 
 
 def _is_state_dict(value: dict[Any, Any]) -> bool:

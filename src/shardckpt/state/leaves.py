@@ -5,8 +5,8 @@ Boxes, plural: a rank of a ``_StridedShard`` holds several runs of rows.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ except ImportError:  # torch built without distributed, or a release that droppe
 _PLAIN_TYPES: Final = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
-@dataclass(frozen=True, slots=True)
-class LocalTensor:
+class LocalTensor(NamedTuple):
     """What this rank holds of one tensor.
 
     ``views[i]`` is the local data of ``boxes[i]`` (global coordinates) and has the shape ``boxes[i].lengths``; both are
@@ -42,6 +41,39 @@ class LocalTensor:
     views: tuple[Tensor, ...]
     split: bool
     location: str
+
+
+class Kind(NamedTuple):
+    """What ordinary tensors of one shape, dtype and device have in common; see `LocalTensor`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    boxes: tuple[Box, ...]
+    location: str
+
+
+def ordinary(value: Tensor) -> Kind | None:
+    """The kind of a tensor that says all about itself, and is whole and has data on this rank; None for any other.
+
+    For what ordinary tensors are, it says what `is_raw_tensor`, `local_tensor` and `check_data` say, and sooner.
+    """
+    if (
+        type(value) not in _PLAIN_TYPES
+        or value.layout is not torch.strided
+        or value.is_quantized
+        or value.is_nested
+        or value.is_meta
+    ):
+        return None
+    return _kind(value.shape, value.dtype, value.device)
+
+
+@lru_cache(maxsize=4096)
+def _kind(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Kind | None:
+    if dtype not in DTYPE_NAMES:
+        return None
+    whole = full_box(shape)
+    return Kind(tuple(shape), DTYPE_NAMES[dtype], (whole,) if whole.volume else (), _location(device, pieces=False))
 
 
 def is_raw_tensor(value: Any) -> bool:
@@ -88,6 +120,9 @@ def local_tensor(fqn: str, tensor: Tensor, *, split: bool) -> LocalTensor:
     Raises UnserialisableError for a DTensor with a ``Partial`` placement, or whose local part is not what its
     placements say; ConflictingStateError for a ShardedTensor of that kind.
     """
+    kind = ordinary(tensor)
+    if kind is not None:
+        return of_kind(fqn, tensor, kind, split=split)
     shape = tuple(tensor.shape)
     whole = full_box(shape)
     if isinstance(tensor, DTensor):
@@ -101,8 +136,14 @@ def local_tensor(fqn: str, tensor: Tensor, *, split: bool) -> LocalTensor:
     if pieces or not whole.volume:
         held = [(box, view) for box, view in zip(boxes, views, strict=True) if box.volume]
         boxes, views = [box for box, _ in held], [view for _, view in held]
-    dtype, location = DTYPE_NAMES[tensor.dtype], _location(tensor, pieces=pieces)
+    dtype, location = DTYPE_NAMES[tensor.dtype], _location(tensor.device, pieces=pieces)
     return LocalTensor(fqn, shape, dtype, tuple(boxes), tuple(views), split, location)
+
+
+def of_kind(fqn: str, tensor: Tensor, kind: Kind, *, split: bool) -> LocalTensor:
+    """What this rank holds of a tensor that is ``ordinary``."""
+    shape, dtype, boxes, location = kind
+    return LocalTensor(fqn, shape, dtype, boxes, (tensor.detach(),) if boxes else (), split, location)
 
 
 def is_meta(tensor: Tensor) -> bool:
@@ -138,6 +179,14 @@ def memory_key(tensor: Tensor) -> Hashable | None:
     )
 
 
+def address(tensor: Tensor) -> int:
+    """Where a tensor's memory on this rank begins, equal wherever `memory_key` is; 0 where that is None."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if type(local) not in _PLAIN_TYPES or local.is_meta or local.layout is not torch.strided or not local.numel():
+        return 0
+    return local.data_ptr()
+
+
 def storage_key(tensor: Tensor) -> Hashable | None:
     """Equal for tensors that share a storage, whatever their views of it."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -154,9 +203,8 @@ def overlaps_itself(tensor: Tensor) -> bool:
     )
 
 
-def _location(tensor: Tensor, *, pieces: bool) -> str:
+def _location(device: torch.device, *, pieces: bool) -> str:
     # A tensor pieced together from several ranks belongs to none of their devices in particular.
-    device = tensor.device
     return device.type if pieces or device.type == "cpu" else str(device)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shardckpt.errors import UsageError
 from shardckpt.state.skeleton import MAX_DEPTH
@@ -102,11 +102,15 @@ def iter_modules(state: Any, path: str = "", depth: int = 0) -> Iterator[tuple[s
     if is_module(state):
         yield path, module_of(state)
     elif isinstance(state, dict):
-        for key, value in state.items():
-            yield from iter_modules(value, child_path(path, key), depth + 1)
+        yield from _modules_among(state.items(), path, depth)
     elif type(state) in (list, tuple):
-        for index, value in enumerate(state):
-            yield from iter_modules(value, child_path(path, index), depth + 1)
+        yield from _modules_among(enumerate(state), path, depth)
+
+
+def _modules_among(items: Iterable[tuple[Any, Any]], path: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    for key, value in items:
+        if not isinstance(value, Tensor):  # most are, and holding one in a path costs more than to see that it is one
+            yield from iter_modules(value, child_path(path, key), depth + 1)
 
 
 def clean_names(module: nn.Module, names: list[str]) -> dict[str, str]:
