@@ -163,7 +163,7 @@ def check_data(fqn: str, tensor: Tensor, views: Sequence[Tensor]) -> None:
 def memory_key(tensor: Tensor) -> Hashable | None:
     """Equal for two tensors that are one view of one memory (tied weights); None where that cannot be said."""
     if isinstance(tensor, DTensor):
-        local = memory_key(tensor.to_local())
+        local = memory_key(_local(tensor))
         return None if local is None else (local, tensor.device_mesh, tensor.placements, tuple(tensor.shape))
     if type(tensor) not in _PLAIN_TYPES or tensor.device.type == "meta" or tensor.numel() == 0:
         return None
@@ -181,7 +181,7 @@ def memory_key(tensor: Tensor) -> Hashable | None:
 
 def address(tensor: Tensor) -> int:
     """Where a tensor's memory on this rank begins, equal wherever `memory_key` is; 0 where that is None."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = _local(tensor) if isinstance(tensor, DTensor) else tensor
     if type(local) not in _PLAIN_TYPES or local.is_meta or local.layout is not torch.strided or not local.numel():
         return 0
     return local.data_ptr()
@@ -189,7 +189,7 @@ def address(tensor: Tensor) -> int:
 
 def storage_key(tensor: Tensor) -> Hashable | None:
     """Equal for tensors that share a storage, whatever their views of it."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = _local(tensor) if isinstance(tensor, DTensor) else tensor
     if type(local) not in _PLAIN_TYPES or local.device.type == "meta" or local.layout is not torch.strided:
         return None
     return (local.device, local.untyped_storage().data_ptr())
@@ -197,7 +197,7 @@ def storage_key(tensor: Tensor) -> Hashable | None:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements share memory, as those of an expanded tensor do, so that writing them is undefined."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = _local(tensor) if isinstance(tensor, DTensor) else tensor
     return type(local) in _PLAIN_TYPES and any(
         stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)
     )
@@ -214,14 +214,24 @@ def _dtensor_parts(fqn: str, tensor: DTensor) -> tuple[list[Box], list[Tensor]]:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return [], []
-    local = tensor.to_local().detach()
+    local = _local(tensor).detach()
     try:
-        parts = parts_of(tuple(tensor.shape), mesh.shape, coordinate, tensor.placements, tuple(local.shape))
+        parts = _parts(tuple(tensor.shape), mesh.shape, tuple(coordinate), tensor.placements, tuple(local.shape))
     except ValueError as error:
         raise UnserialisableError(f"DTensor {fqn!r} has {error}.") from error
     # Indexing costs microseconds, thousands of times over; one part is all there is.
     views = [local] if len(parts) == 1 else [local[slices(part.local)] for part in parts]
     return [part.box for part in parts], views
+
+
+_parts = lru_cache(maxsize=4096)(parts_of)
+"""Layers repeat: thousands of tensors have a few dozen different layouts."""
+
+
+def _local(tensor: DTensor) -> Tensor:
+    # In grad mode it records an operation, which takes ten times as long.
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def _sharded_tensor_parts(fqn: str, tensor: Any) -> tuple[list[Box], list[Tensor]]:
