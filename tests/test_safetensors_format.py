@@ -20,6 +20,7 @@ from shardckpt.safetensors_format import (
     entry_key,
     header_bound,
     header_nbytes,
+    list_entries,
     parse_safetensors_header,
 )
 
@@ -48,7 +49,7 @@ def test_the_stock_reader_opens_every_dtype(tmp_path: Path) -> None:
     listed = [HeaderEntry(f"{name}[0:2,0:3]", SAFETENSORS_TAGS[name] or "", (2, 3)) for name in names]
     assert [entry.nbytes for entry in listed] == [6 * ITEMSIZE[name] for name in names]
     data = b"".join(bytes(range(entry.nbytes)) for entry in listed)
-    (tmp_path / "x").write_bytes(build_header(listed, {"format": "pt"}) + data)
+    (tmp_path / "x").write_bytes(build_header(list_entries(listed), {"format": "pt"}) + data)
     with safe_open(tmp_path / "x", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         for name, entry in zip(names, listed, strict=True):
@@ -66,7 +67,7 @@ def test_the_stock_reader_opens_odd_shapes_and_names(tmp_path: Path) -> None:
         HeaderEntry('schrödinger "🐈" \\ \n\x00', "U8", (5,)),
         HeaderEntry("", "U8", (1,)),
     ]
-    header = build_header(listed, reserve=3 * DATA_ALIGNMENT)
+    header = build_header(list_entries(listed), reserve=3 * DATA_ALIGNMENT)
     assert len(header) == 3 * DATA_ALIGNMENT
     (tmp_path / "x").write_bytes(header + bytes(4 + 0 + 5 + 1))
     with safe_open(tmp_path / "x", "pt") as file:
@@ -79,7 +80,7 @@ def test_the_stock_reader_opens_odd_shapes_and_names(tmp_path: Path) -> None:
 @given(entries, st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.text("ab"), max_size=2))
 def test_what_is_built_is_parsed(listed: list[HeaderEntry], metadata: dict[str, str]) -> None:
     """A header says of each entry what was meant, in the given order, with the data aligned and without gaps."""
-    header = build_header(listed, metadata)
+    header = build_header(list_entries(listed), metadata)
     parsed = parse_safetensors_header(header)
     assert header_nbytes(header[:8]) == parsed.data_start == len(header)
     assert len(header) % DATA_ALIGNMENT == 0
@@ -100,7 +101,7 @@ def test_the_bound_always_suffices(listed: list[HeaderEntry], compressed: list[i
         entry if size is None else HeaderEntry(entry.key, "U8", (size // 16,))
         for entry, size in zip(listed, compressed[: len(listed)], strict=True)
     ]
-    header = build_header(final, {"a": "b"}, reserve=bound)
+    header = build_header(list_entries(final), {"a": "b"}, reserve=bound)
     assert len(header) == bound
     assert list(parse_safetensors_header(header).entries) == [entry.key for entry in listed]
 
@@ -124,7 +125,7 @@ def test_keys_say_which_part_is_held() -> None:
 def test_unlistable_names_are_refused(listed: list[HeaderEntry]) -> None:
     """A tensor whose name can't be told from another's isn't written over it."""
     with pytest.raises(UsageError):
-        build_header(listed, {"format": "pt"})
+        build_header(list_entries(listed), {"format": "pt"})
 
 
 def test_more_entries_than_readers_accept() -> None:
@@ -133,7 +134,7 @@ def test_more_entries_than_readers_accept() -> None:
     with pytest.raises(UsageError, match="too many tensors"):
         header_bound(many)
     with pytest.raises(UsageError, match="too many tensors"):
-        build_header(HeaderEntry(key, "U8", (1,)) for key, _ in many)
+        build_header(list_entries(HeaderEntry(key, "U8", (1,)) for key, _ in many))
 
 
 GOOD = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
@@ -191,7 +192,9 @@ def test_hostile_headers_are_refused(kind: str) -> None:
 @given(st.data())
 def test_damaged_headers_never_escape_the_error_tree(data: st.DataObject) -> None:
     """Whatever a disk does to a header, the caller sees our error and no other."""
-    header = bytearray(build_header([HeaderEntry("a", "F32", (2, 3)), HeaderEntry("b", "U8", ())], {"c": "d"}))
+    header = bytearray(
+        build_header(list_entries([HeaderEntry("a", "F32", (2, 3)), HeaderEntry("b", "U8", ())]), {"c": "d"})
+    )
     for _ in range(data.draw(st.integers(1, 4))):
         header[data.draw(st.integers(0, 200))] = data.draw(st.integers(0, 255))
     try:

@@ -79,19 +79,19 @@ def entry_key(fqn: str, shape: Sequence[int], box: Box) -> str:
     return fqn if is_plain else f"{fqn}[{slice_notation(box)}]"
 
 
-def build_header(
-    entries: Iterable[HeaderEntry], metadata: Mapping[str, str] | None = None, *, reserve: int = 0
-) -> bytes:
-    """The bytes of a file before its data, padded with blanks to a multiple of `DATA_ALIGNMENT`.
+class Listed(NamedTuple):
+    """Entries as a header lists them, in the order of their data."""
 
-    :param entries: in the order of their data.
-    :param metadata: what the file says of itself.
-    :param reserve: the length to give the header, a multiple of `DATA_ALIGNMENT`, such as `header_bound` foretold; 0
-        for as short as possible.
-    :raises UsageError: two entries have the same key or one has a reserved one; a key isn't valid Unicode; or there
-        are more entries than stock readers allow.
+    text: bytes
+    """JSON, less the braces around it."""
+
+
+def list_entries(entries: Iterable[HeaderEntry]) -> Listed:
+    """The part of a header that stays the same while its entries do.
+
+    :raises UsageError: two entries have the same key or one has a reserved one, or a key isn't valid Unicode.
     """
-    listed: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    listed: dict[str, Any] = {}
     start = 0
     for entry in entries:
         if entry.key in listed or entry.key == _METADATA:
@@ -99,7 +99,19 @@ def build_header(
         stop = start + entry.nbytes
         listed[entry.key] = {"dtype": entry.tag, "shape": entry.shape, "data_offsets": (start, stop)}
         start = stop
-    body = _encode(listed)
+    return Listed(_encode(listed)[1:-1])
+
+
+def build_header(listed: Listed, metadata: Mapping[str, str] | None = None, *, reserve: int = 0) -> bytes:
+    """The bytes of a file before its data, padded with blanks to a multiple of `DATA_ALIGNMENT`.
+
+    :param metadata: what the file says of itself.
+    :param reserve: the length to give the header, a multiple of `DATA_ALIGNMENT`, such as `header_bound` foretold; 0
+        for as short as possible.
+    :raises UsageError: there are more entries than stock readers allow.
+    """
+    said = _encode({_METADATA: dict(metadata)})[1:-1] if metadata else b""
+    body = b"{" + b",".join(part for part in (said, listed.text) if part) + b"}"
     size = _aligned(_PREFIX + len(body))
     if reserve:
         assert reserve % DATA_ALIGNMENT == 0, f"a header of {reserve} bytes would leave the data unaligned"

@@ -11,7 +11,6 @@ from shardckpt.saving.structure import (
     exchange,
     may_share,
     plan,
-    sources,
     speaks,
     structure_key,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "may_share",
     "own_sources",
     "plan",
-    "sources",
     "speaks",
     "structure_key",
     "wait_for_copies",

@@ -12,7 +12,6 @@ from shardckpt.garbage import held_off
 from shardckpt.launch import cores_per_rank
 from shardckpt.saving.jobs import Order, SaveJob
 from shardckpt.saving.overlap import Overlap, begin_overlap
-from shardckpt.saving.structure import sources
 from shardckpt.staging import Block, Source, StagingPool, blocks_for, stage
 from shardckpt.state import Flattened, Stepped
 from shardckpt.storage import BLOCK
@@ -51,9 +50,17 @@ def write(
     save_id, rank = order.pending.save_id, order.operation.rank
     try:
         with held_off():
-            found = sources(order.structure.plan, flat)
+            entries = order.structure.entries
+            found = entries.sources(flat)
             writer = ShardWriter(
-                order.storage, filenames.shard_name(rank, save_id), save_id, rank, found, pool=pool, codec=codec
+                order.storage,
+                filenames.shard_name(rank, save_id),
+                save_id,
+                rank,
+                found,
+                pool=pool,
+                codec=codec,
+                listed=entries.listed(found) if codec is None else None,
             )
     except Exception as error:  # noqa: BLE001 - the others are under way: this rank has to join them and say so
         job = SaveJob(order, error)

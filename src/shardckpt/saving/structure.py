@@ -10,15 +10,14 @@ from typing import Final, NamedTuple
 import msgspec
 import zstandard
 
-from shardckpt.box import Box, relative_to, slices
+from shardckpt.box import Box
 from shardckpt.codecs import ITEMSIZE, digest, digests_text
 from shardckpt.coordinator import Operation, turn
 from shardckpt.garbage import held_off
 from shardckpt.manifest import TensorHead
 from shardckpt.planner import Held, ShardPlan, plan_save
-from shardckpt.safetensors_format import entry_key
+from shardckpt.saving.entries import Entries
 from shardckpt.saving.own import location_of, own_sources
-from shardckpt.staging import Source
 from shardckpt.state import Flattened
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class Structure:
     """All that a plan depends on, agreed by all ranks; good for every save of the same structure."""
 
     key: str
-    plan: ShardPlan
+    entries: Entries
     """This rank's."""
     nbytes: int
     """Of raw data, all ranks together."""
@@ -131,7 +130,7 @@ def plan(descriptions: Descriptions, openings: Sequence[Opening], rank: int) -> 
         _hint(plans, digests, decoded)
     return Structure(
         key=structure_key(openings),
-        plan=plans[rank],
+        entries=Entries(plans[rank]),
         nbytes=sum(item.nbytes for plan in plans for item in plan.items),
         heads=heads,
         aliases={alias: target for alias, target in aliases.items() if alias not in heads and target in heads},
@@ -179,21 +178,6 @@ def _hint(plans: Sequence[ShardPlan], digests: Sequence[bytes], decoded: dict[by
             " are equal everywhere, `replicated=True`, or patterns of their names, shares the work.",
             nbytes >> 20,
         )
-
-
-def sources(plan: ShardPlan, flat: Flattened) -> list[Source]:
-    """A rank's part of the plan, and what is its own, with the memory each entry is in; widest elements first."""
-    found = []
-    for item in plan.items:
-        leaf = flat.tensors[item.fqn]
-        view = leaf.views[item.held]
-        if leaf.boxes[item.held] != item.box:
-            view = view[slices(relative_to(leaf.boxes[item.held], item.box))]
-        key = entry_key(item.fqn, leaf.shape, item.box)
-        found.append(Source(key, item.fqn, leaf.dtype, item.box, view, item.nbytes))
-    if own := own_sources(flat):
-        found = sorted(found + own, key=lambda source: (-ITEMSIZE[source.dtype], source.fqn, source.box))
-    return found
 
 
 def bytes_to_stage(flat: Flattened, world_size: int) -> int:

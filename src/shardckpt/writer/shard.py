@@ -9,11 +9,12 @@ from typing import NamedTuple
 from shardckpt.codecs import digest, digests_text
 from shardckpt.garbage import held_off
 from shardckpt.manifest import RankManifest, ShardEntry
+from shardckpt.safetensors_format import Listed
 from shardckpt.staging import Block, Source, StagingPool
 from shardckpt.storage import Storage
 from shardckpt.workers import THREADS
 from shardckpt.writer.output import Output
-from shardckpt.writer.streams import FrameStream, RawStream, Stored, Stream
+from shardckpt.writer.streams import FrameStream, RawStream, Stored, Stream, listed_of
 
 
 class WrittenShard(NamedTuple):
@@ -45,10 +46,12 @@ class ShardWriter:
         *,
         pool: StagingPool,
         codec: tuple[str, int] | None,
+        listed: Listed | None = None,
         threads: int = THREADS,
     ) -> None:
         """Prepare to write `sources`, in that order, as the file `name`; nothing is written yet.
 
+        `listed` spares the work of `listed_of`, where the caller has what it says of `sources`.
         `codec` is None, or ``("zstd", level)``. Raises UsageError where the header would be too large for safetensors.
         """
         self._name = name
@@ -59,7 +62,8 @@ class ShardWriter:
         self._out = Output(storage, name, threads=threads)
         self._stream: Stream
         if codec is None:
-            self._stream = RawStream(sources, metadata, self._out)
+            listed = listed_of(sources) if listed is None else listed
+            self._stream = RawStream(sources, listed, metadata, self._out)
         else:
             self._stream = FrameStream(sources, metadata, self._out, level=codec[1], pool=pool, threads=threads)
         self.first_block_offset = self._stream.first_block_offset

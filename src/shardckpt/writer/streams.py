@@ -17,7 +17,7 @@ from shardckpt.codecs import (
     digest,
     digests_text,
 )
-from shardckpt.safetensors_format import HeaderEntry, build_header, header_bound
+from shardckpt.safetensors_format import HeaderEntry, Listed, build_header, header_bound, list_entries
 from shardckpt.staging import Block, Budget, Source, StagingPool
 from shardckpt.storage import BLOCK
 from shardckpt.writer.cells import Cells
@@ -93,6 +93,16 @@ class _Cursor:
         assert missing == 0, f"the last {missing} bytes were not staged"
 
 
+def listed_of(sources: Sequence[Source]) -> Listed:
+    """How a shard without compression lists `sources`. Raises UsageError for names that it can't list."""
+    listed = []
+    for source in sources:
+        tag = SAFETENSORS_TAGS[source.dtype]
+        shape = (source.nbytes,) if tag is None else source.box.lengths
+        listed.append(HeaderEntry(source.key, tag or "U8", shape))
+    return list_entries(listed)
+
+
 class RawStream:
     """Bytes stored as they are. A staged block, with the header before it, is a piece of the file.
 
@@ -100,12 +110,8 @@ class RawStream:
     the interpreter takes milliseconds to get it back, and one thread alone would make 300 MB/s of a disk of 2 GB/s.
     """
 
-    def __init__(self, sources: Sequence[Source], metadata: Mapping[str, str], out: Output) -> None:
-        listed = []
-        for source in sources:
-            tag = SAFETENSORS_TAGS[source.dtype]
-            shape = (source.nbytes,) if tag is None else source.box.lengths
-            listed.append(HeaderEntry(source.key, tag or "U8", shape))
+    def __init__(self, sources: Sequence[Source], listed: Listed, metadata: Mapping[str, str], out: Output) -> None:
+        """`listed` is what `listed_of` says of `sources`."""
         self._header = build_header(listed, metadata)
         self._sources = sources
         self._out = out
@@ -257,7 +263,7 @@ class FrameStream:
             self._seal()
         sizes = (sum(frames) for frames in self._frames)
         listed = [HeaderEntry(source.key, "U8", (size,)) for source, size in zip(self._sources, sizes, strict=True)]
-        self._header = build_header(listed, self._metadata, reserve=self._reserved)
+        self._header = build_header(list_entries(listed), self._metadata, reserve=self._reserved)
         self._out.put_header(self._header, self._front)
         if self._front is not None:
             front, self._front = self._front, None
