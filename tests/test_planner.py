@@ -139,6 +139,26 @@ def test_plans_depend_on_nothing_but_what_is_held(ranks: list[list[Held]], rng: 
 
 
 @given(worlds())
+def test_layouts_that_repeat_are_planned_as_if_each_were_alone(ranks: list[list[Held]]) -> None:
+    """Thousands of tensors that are laid out alike are worked out once; the plan must not show it."""
+    ranks = [[held._replace(fqn=f"{held.fqn}.{copy}") for held in mine for copy in range(3)] for mine in ranks]
+    plans = plan_save(ranks, ITEMSIZE, min_piece=16)
+
+    def anew(box: Box) -> Box:
+        return Box(tuple([*box.offsets]), tuple([*box.lengths]))
+
+    apart = [
+        [held._replace(shape=tuple([*held.shape]), boxes=tuple([anew(box) for box in held.boxes])) for held in mine]
+        for mine in ranks
+    ]
+    assert plan_save(apart, ITEMSIZE, min_piece=16) == plans
+    for rank, plan in enumerate(plans):
+        alone = plan_save(ranks, ITEMSIZE, rank=rank, min_piece=16)
+        assert alone[rank] == plan
+        assert len(alone) == len(plans)
+
+
+@given(worlds())
 def test_planning_a_plan_changes_nothing(ranks: list[list[Held]]) -> None:
     """Ranks that hold just what a plan gave them are each given just that."""
     plans = plan_save(ranks, ITEMSIZE, min_piece=16)

@@ -90,14 +90,45 @@ class _Claim(NamedTuple):
     held: Held
 
 
+class _Whole(NamedTuple):
+    """A box that one rank writes whole."""
+
+    rank: int
+    box: Box
+    held: int
+    nbytes: int
+
+
+class _Divided(NamedTuple):
+    """A box whose holders share the writing; for `Share`, less the name."""
+
+    views: tuple[int, ...]
+    box: Box
+    held: tuple[int, ...]
+    nbytes: int
+
+
+class _Layout(NamedTuple):
+    """What all tensors have in common that are alike on every rank but for their names."""
+
+    itemsize: int
+    whole: list[_Whole]
+    divided: list[_Divided]
+
+
 def plan_save(
-    held_by_rank: Sequence[Sequence[Held]], itemsize: Mapping[str, int], *, min_piece: int = MIN_PIECE
+    held_by_rank: Sequence[Sequence[Held]],
+    itemsize: Mapping[str, int],
+    *,
+    rank: int | None = None,
+    min_piece: int = MIN_PIECE,
 ) -> list[ShardPlan]:
     """Every rank's part of a save, such that each element of each tensor is written by exactly one rank.
 
     :param held_by_rank: for each rank, what it holds; a rank may lack tensors. Boxes of one tensor are equal or
         disjoint; those without elements are ignored.
     :param itemsize: bytes per element, by dtype name.
+    :param rank: whose part is wanted, where it is one rank's: the plans of others are then empty, which spares work.
     :param min_piece: bytes; see `MIN_PIECE`.
 
     A box that one rank holds is written by that rank. One that several hold is written whole by the lowest of them,
@@ -117,40 +148,64 @@ def plan_save(
             claims[held.fqn].append(_Claim(number, held))
 
     written: list[list[Piece]] = [[] for _ in held_by_rank]
+    loads = [0] * len(held_by_rank)
     shared: defaultdict[tuple[int, ...], list[Share]] = defaultdict(list)
     coverages: dict[tuple[tuple[int, ...], tuple[Box, ...]], Coverage] = {}
+    # Layers repeat: a model of thousands of tensors has a few dozen different layouts. Equal objects that are not the
+    # same only make for one layout more.
+    layouts: dict[tuple[tuple[int, int, int, str, bool], ...], _Layout] = {}
     for fqn in sorted(claims):
-        tensor = _check_agreement(claims[fqn], views)
-        holders: dict[Box, dict[int, int]] = {}
-        unlike: set[Box] = set()
-        for number, held in claims[fqn]:
-            for index, box in enumerate(held.boxes):
-                if box.volume:
-                    holders.setdefault(box, {}).setdefault(number, index)
-                    if not held.split:
-                        unlike.add(box)
-        # Layers repeat: a model of thousands of tensors has a few dozen different layouts.
-        layout = (tensor.shape, tuple(holders))
-        if layout not in coverages:
-            coverages[layout] = covers_exactly(*layout)
-        if not coverages[layout].exact:
-            raise _layout_error(tensor, holders, coverages[layout], views)
-        size = itemsize.get(tensor.dtype)
-        if size is None:
-            raise UsageError(f"tensor {fqn!r} has dtype {tensor.dtype!r}, which can't be stored")
-        for box, by_view in sorted(holders.items()):
-            # Views are numbered in order of their lowest ranks.
-            (lowest, index), *others = by_view.items()
-            ranks = views[lowest].ranks
-            share = Share(fqn, box, size, tuple(by_view.values()), box.volume * size)
-            if box in unlike or not (others or len(ranks) > 1):
-                written[ranks[0]].append(share.whole(index))
-            else:
-                shared[tuple(by_view)].append(share)
+        marks = tuple([(view, id(held.shape), id(held.boxes), held.dtype, held.split) for view, held in claims[fqn]])
+        layout = layouts.get(marks)
+        if layout is None:
+            layout = layouts[marks] = _layout(claims[fqn], views, itemsize, coverages)
+        for number, box, index, nbytes in layout.whole:
+            loads[number] += nbytes
+            if rank is None or number == rank:
+                written[number].append(Piece(-layout.itemsize, fqn, box, index, nbytes))
+        for key, box, indices, nbytes in layout.divided:
+            shared[key].append(Share(fqn, box, layout.itemsize, indices, nbytes))
 
     groups = [(_holding_ranks(key, views), shares) for key, shares in shared.items()]
-    level_out(written, groups, min_piece=min_piece)
-    return [ShardPlan(tuple(_items_in_order(pieces))) for pieces in written]
+    level_out(written, loads, groups, min_piece=min_piece)
+    wanted = range(len(written)) if rank is None else (rank,)
+    return [ShardPlan(tuple(_items_in_order(p)) if r in wanted else ()) for r, p in enumerate(written)]
+
+
+def _layout(
+    claims: Sequence[_Claim],
+    views: Sequence[_View],
+    itemsize: Mapping[str, int],
+    coverages: dict[tuple[tuple[int, ...], tuple[Box, ...]], Coverage],
+) -> _Layout:
+    """Who writes what of a tensor; raises as `plan_save` does. ``coverages`` are those known, and grow."""
+    tensor = _check_agreement(claims, views)
+    holders: dict[Box, dict[int, int]] = {}
+    unlike: set[Box] = set()
+    for number, held in claims:
+        for index, box in enumerate(held.boxes):
+            if box.volume:
+                holders.setdefault(box, {}).setdefault(number, index)
+                if not held.split:
+                    unlike.add(box)
+    shape_and_boxes = (tensor.shape, tuple(holders))
+    if shape_and_boxes not in coverages:
+        coverages[shape_and_boxes] = covers_exactly(*shape_and_boxes)
+    if not coverages[shape_and_boxes].exact:
+        raise _layout_error(tensor, holders, coverages[shape_and_boxes], views)
+    size = itemsize.get(tensor.dtype)
+    if size is None:
+        raise UsageError(f"tensor {tensor.fqn!r} has dtype {tensor.dtype!r}, which can't be stored")
+    layout = _Layout(size, [], [])
+    for box, by_view in sorted(holders.items()):
+        # Views are numbered in order of their lowest ranks.
+        (lowest, index), *others = by_view.items()
+        ranks = views[lowest].ranks
+        if box in unlike or not (others or len(ranks) > 1):
+            layout.whole.append(_Whole(ranks[0], box, index, box.volume * size))
+        else:
+            layout.divided.append(_Divided(tuple(by_view), box, tuple(by_view.values()), box.volume * size))
+    return layout
 
 
 def _views(held_by_rank: Sequence[Sequence[Held]]) -> list[_View]:
@@ -179,11 +234,11 @@ def _check_agreement(claims: Sequence[_Claim], views: Sequence[_View]) -> Held:
     first_view, tensor = claims[0]
     previous = first_view
     for number, held in claims[1:]:
-        here, there = _ranks(views[first_view].ranks), _ranks(views[number].ranks)
         if number == previous:
-            raise ConflictingStateError(f"tensor {held.fqn!r}: {there} name it twice")
+            raise ConflictingStateError(f"tensor {held.fqn!r}: {_ranks(views[number].ranks)} name it twice")
         for what, ours, theirs in (("shape", tensor.shape, held.shape), ("dtype", tensor.dtype, held.dtype)):
             if ours != theirs:
+                here, there = _ranks(views[first_view].ranks), _ranks(views[number].ranks)
                 raise ConflictingStateError(f"tensor {held.fqn!r} has {what} {ours} on {here}, but {theirs} on {there}")
         previous = number
     return tensor

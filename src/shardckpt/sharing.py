@@ -57,13 +57,14 @@ Group = tuple[Sequence[tuple[int, int]], Sequence[Share]]
 """The holders, as (rank, its position in `Share.held`) by rank, and what they all hold, in order of name and box."""
 
 
-def level_out(written: list[list[Piece]], groups: Sequence[Group], *, min_piece: int) -> None:
+def level_out(written: list[list[Piece]], loads: Sequence[int], groups: Sequence[Group], *, min_piece: int) -> None:
     """Add every share of every group to what ranks write, so that each rank's bytes are as level as can be.
 
-    :param written: for each rank, what it writes anyway; extended in place.
+    :param written: for each rank, what it writes anyway, or as much of it as is of interest; extended in place.
+    :param loads: for each rank, the bytes of all that it writes anyway.
     :param min_piece: bytes; no piece of a share that is cut is shorter.
     """
-    loads = [sum(piece.nbytes for piece in pieces) for pieces in written]
+    loads = [*loads]
     # The fewer ranks could take a share, the earlier it is placed, and the wider groups even out what is left over.
     ordered = sorted(groups, key=lambda group: (len(group[0]), group[0]))
     totals = [sum(share.nbytes for share in shares) for _, shares in ordered]

@@ -40,17 +40,20 @@ class Opening(msgspec.Struct, array_like=True):
     """Of what differs by rank, on this rank."""
 
 
-class _WireTensor(msgspec.Struct, array_like=True):
-    fqn: str
+class _WireLayout(msgspec.Struct, array_like=True, frozen=True):
+    """What tensors have in common that are alike but for their names."""
+
     shape: tuple[int, ...]
     dtype: str
-    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    boxes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     split: bool
     location: str
 
 
 class _WireStructure(msgspec.Struct, array_like=True):
-    tensors: list[_WireTensor]
+    layouts: list[_WireLayout]
+    tensors: dict[str, int]
+    """Which of the layouts each has, by name."""
     aliases: dict[str, str]
 
 
@@ -118,20 +121,21 @@ def plan(descriptions: Descriptions, openings: Sequence[Opening], rank: int) -> 
     }
     tied = {alias for structure in decoded.values() for alias in structure.aliases}
     held = {mark: _held(structure, tied) for mark, structure in decoded.items()}
-    plans = plan_save([held[mark] for mark in digests], ITEMSIZE)
+    plan = plan_save([held[mark] for mark in digests], ITEMSIZE, rank=rank)[rank]
     heads: dict[str, TensorHead] = {}
     aliases: dict[str, str] = {}
     for structure in decoded.values():
-        for tensor in structure.tensors:
-            if not _only_tied(tensor, tied):
-                heads.setdefault(tensor.fqn, TensorHead(tensor.dtype, tensor.shape, tensor.location))
+        made = [TensorHead(layout.dtype, layout.shape, layout.location) for layout in structure.layouts]
+        for fqn, layout in structure.tensors.items():
+            if fqn not in heads and not _only_tied(fqn, structure.layouts[layout], tied):
+                heads[fqn] = made[layout]
         aliases.update(structure.aliases)
     if rank == 0:
-        _hint(plans, digests, decoded)
+        _hint(plan, digests, decoded)
     return Structure(
         key=structure_key(openings),
-        entries=Entries(plans[rank]),
-        nbytes=sum(item.nbytes for plan in plans for item in plan.items),
+        entries=Entries(plan),
+        nbytes=sum(prod(head.shape) * ITEMSIZE[head.dtype] for head in heads.values()),
         heads=heads,
         aliases={alias: target for alias, target in aliases.items() if alias not in heads and target in heads},
     )
@@ -139,39 +143,36 @@ def plan(descriptions: Descriptions, openings: Sequence[Opening], rank: int) -> 
 
 @held_off()
 def _describe(flat: Flattened, world_size: int) -> _WireStructure:
-    tensors = [
-        _WireTensor(
-            leaf.fqn,
-            leaf.shape,
-            leaf.dtype,
-            [(box.offsets, box.lengths) for box in leaf.boxes],
-            leaf.split,
-            location_of(leaf, world_size),
-        )
-        for leaf in flat.tensors.values()
-    ]
-    return _WireStructure(tensors, flat.aliases)
+    layouts: dict[_WireLayout, int] = {}
+    tensors: dict[str, int] = {}
+    for leaf in flat.tensors.values():
+        layout = _WireLayout(leaf.shape, leaf.dtype, leaf.boxes, leaf.split, location_of(leaf, world_size))
+        tensors[leaf.fqn] = layouts.setdefault(layout, len(layouts))
+    return _WireStructure(list(layouts), tensors, flat.aliases)
 
 
 def _held(structure: _WireStructure, tied: AbstractSet[str]) -> tuple[Held, ...]:
-    return tuple(
-        Held(tensor.fqn, tensor.shape, tensor.dtype, tuple(Box(*box) for box in tensor.boxes), tensor.split)
-        for tensor in structure.tensors
-        if not _only_tied(tensor, tied)
-    )
+    boxes = [tuple(Box(*box) for box in layout.boxes) for layout in structure.layouts]
+    found = []
+    for fqn, number in structure.tensors.items():
+        layout = structure.layouts[number]
+        if not _only_tied(fqn, layout, tied):
+            found.append(Held(fqn, layout.shape, layout.dtype, boxes[number], layout.split))
+    return tuple(found)
 
 
-def _only_tied(tensor: _WireTensor, tied: AbstractSet[str]) -> bool:
+def _only_tied(fqn: str, layout: _WireLayout, tied: AbstractSet[str]) -> bool:
     """Whether a rank that holds nothing of a tensor could not see that it is tied to another, as other ranks did."""
-    return tensor.fqn in tied and not tensor.boxes
+    return fqn in tied and not layout.boxes
 
 
-def _hint(plans: Sequence[ShardPlan], digests: Sequence[bytes], decoded: dict[bytes, _WireStructure]) -> None:
-    """Say once that ``replicated=`` would share the writing of what the lowest rank alone now writes."""
+def _hint(plan: ShardPlan, digests: Sequence[bytes], decoded: dict[bytes, _WireStructure]) -> None:
+    """Say once that ``replicated=`` would share the writing of what the lowest rank, whose plan it is, alone writes."""
     if len(digests) < 2 or len(decoded) > 1:
         return
-    whole = {tensor.fqn for tensor in decoded[digests[0]].tensors if not tensor.split}
-    nbytes = sum(item.nbytes for item in plans[0].items if item.fqn in whole)
+    first = decoded[digests[0]]
+    whole = {fqn for fqn, number in first.tensors.items() if not first.layouts[number].split}
+    nbytes = sum(item.nbytes for item in plan.items if item.fqn in whole)
     if nbytes >= _HINT_BYTES:
         log.info(
             "rank 0 writes %d MiB of tensors that the other ranks hold too, because they may differ by rank. If they"
