@@ -7,6 +7,7 @@ import ranks
 import shardckpt
 from multirank import layouts
 from shardckpt.box import Box
+from shardckpt.state import leaves
 from shardckpt.state.leaves import local_tensor, memory_key, overlaps_itself
 
 
@@ -89,3 +90,31 @@ def test_a_fresh_optimizer_is_sharded_like_its_parameters(tmp_path):
 def test_names_that_look_like_boxes(tmp_path):
     """No name makes two entries of a shard one."""
     assert all(ranks.world(2).run(layouts.names_like_boxes, str(tmp_path / "ck")))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64])
+def test_ordinary_tensors_are_said_alike_by_the_quick_way_and_by_the_long_one(shape, dtype, monkeypatch):
+    """The quick way is for most tensors of most states: what it left out would be missing from their checkpoints."""
+    tensor = torch.zeros(shape, dtype=dtype).t() if len(shape) == 2 else torch.zeros(shape, dtype=dtype)
+    assert leaves.ordinary(tensor) is not None
+    quick = local_tensor("t", tensor, split=True)
+    monkeypatch.setattr(leaves, "ordinary", lambda _: None)
+    slow = local_tensor("t", tensor, split=True)
+    assert quick[:4] == slow[:4]
+    assert quick[5:] == slow[5:]
+    assert [view.data_ptr() for view in quick.views] == [view.data_ptr() for view in slow.views]
+
+
+def test_what_is_not_ordinary_takes_the_long_way():
+    """Such tensors are sparse, of a class of their own, or have no data."""
+
+    class Special(torch.Tensor):
+        pass
+
+    others = [
+        torch.zeros(2, device="meta"),
+        torch.zeros(2).to_sparse(),
+        torch.zeros(2).as_subclass(Special),
+    ]
+    assert [leaves.ordinary(tensor) for tensor in others] == [None] * len(others)

@@ -145,10 +145,10 @@ def test_layouts_that_repeat_are_planned_as_if_each_were_alone(ranks: list[list[
     plans = plan_save(ranks, ITEMSIZE, min_piece=16)
 
     def anew(box: Box) -> Box:
-        return Box(tuple([*box.offsets]), tuple([*box.lengths]))
+        return Box((*box.offsets,), (*box.lengths,))
 
     apart = [
-        [held._replace(shape=tuple([*held.shape]), boxes=tuple([anew(box) for box in held.boxes])) for held in mine]
+        [held._replace(shape=(*held.shape,), boxes=tuple([anew(box) for box in held.boxes])) for held in mine]
         for mine in ranks
     ]
     assert plan_save(apart, ITEMSIZE, min_piece=16) == plans
