@@ -150,7 +150,7 @@ def test_another_selection_is_another_structure(tmp_path: Path) -> None:
     """Options may change from save to save, and what they select with them."""
     state, kept = {"a": torch.ones(2), "b": torch.zeros(2)}, Checkpointer()
     kept.save(state, tmp_path / "1")
-    kept.save(state, tmp_path / "2", save_options=SaveOptions.of(None, False, None, ["a"]))
+    kept.save(state, tmp_path / "2", save_options=SaveOptions.of(None, False, None, ["a"], None))
     assert set(shardckpt.load(tmp_path / "2")) == {"b"}
 
 
