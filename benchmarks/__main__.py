@@ -111,6 +111,8 @@ def run(options: Options) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "config": {
             "size": options.size,
+            "gib": options.gib,
+            "layouts": options.layouts,
             "ranks": sorted({launch.ranks for launch in launches}),
             "storage": options.storage,
             "repeats": options.repeats,
@@ -150,7 +152,8 @@ def run_job(options: Options, launch: Launch, environment: dict[str, str]) -> di
 
 def _name(options: Options, record: dict[str, Any]) -> str:
     ranks: Sequence[int] = record["config"]["ranks"]
-    parts = [options.suite, options.size, "-".join(map(str, ranks)) + "ranks"]
+    sizes = [f"{gib:g}GiB" for gib in options.gib] or [options.size]
+    parts = [options.suite, *options.layouts, *sizes, "-".join(map(str, ranks)) + "ranks"]
     if options.storage != "local" and options.suite != "s3":
         parts.append(options.storage)
     return "-".join(parts)
