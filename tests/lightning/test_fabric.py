@@ -209,7 +209,7 @@ def test_saves_are_committed_on_return(tmp_path: Path, monkeypatch: pytest.Monke
     made = fabric("single")
     torch.save({"step": 1}, tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr("shardckpt.checkpointer.stage", lambda *_, **__: 1 / 0)
+        patch.setattr("shardckpt.saving.halves.stage", lambda *_, **__: 1 / 0)
         with pytest.raises(SaveFailedError, match="division by zero"):
             made.save(tmp_path / "a", {"t": torch.ones(2), "step": 2})
     assert made.load(tmp_path / "a") == {"step": 1}

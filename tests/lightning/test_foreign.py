@@ -130,7 +130,7 @@ def test_a_directory_makes_way_and_comes_back(directory: Path, tmp_path: Path, m
     shutil.copytree(directory, path)
     plugin = ShardedCheckpointIO()
     with monkeypatch.context() as patch:
-        patch.setattr("shardckpt.checkpointer.stage", lambda *_, **__: 1 / 0)
+        patch.setattr("shardckpt.saving.halves.stage", lambda *_, **__: 1 / 0)
         with pytest.raises(Exception, match="division by zero"):
             plugin.save_checkpoint({"x": torch.ones(3)}, path)
     assert dcp_directory.is_directory(str(path))

@@ -13,6 +13,7 @@ from torch import nn
 import shardckpt
 from shardckpt import Checkpointer, coordinator
 from shardckpt import checkpointer as module
+from shardckpt.saving import halves
 from states import TinyNet, digest_of, train
 
 
@@ -140,14 +141,14 @@ def interrupted(rank: int, path: str) -> str:
     """Ctrl-C on one rank while it stages: the other is told at once, and the process can go on."""
     checkpointer = Checkpointer(timeout=30, commit_timeout=30)
     if rank == 1:
-        original = module.stage
-        module.stage = _interrupt  # type: ignore[assignment]
+        original = halves.stage
+        halves.stage = _interrupt  # type: ignore[assignment]
         try:
             checkpointer.async_save({"w": torch.ones(4)}, path)
         except KeyboardInterrupt:
             pass
         finally:
-            module.stage = original
+            halves.stage = original
     else:
         checkpointer.async_save({"w": torch.ones(4)}, path)
     try:

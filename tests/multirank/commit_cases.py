@@ -10,6 +10,7 @@ import torch.distributed as dist
 import shardckpt
 from shardckpt import Checkpointer
 from shardckpt import checkpointer as module
+from shardckpt.saving import halves
 from shardckpt.storage import Storage
 from storage.wrappers import WrapperStorage
 
@@ -85,7 +86,7 @@ def silent_after_commit(rank: int, path: str) -> dict[str, Any]:
 
 def failing_writer(rank: int, path: str, failing: int) -> dict[str, Any]:
     """One rank cannot even begin its shard, after all have agreed to save."""
-    original = module.ShardWriter
+    original = halves.ShardWriter
 
     def broken(*args: Any, **options: Any) -> Any:
         if rank == failing and "rank-" in args[1] and broken.armed:  # type: ignore[attr-defined]
@@ -104,11 +105,11 @@ def failing_writer(rank: int, path: str, failing: int) -> dict[str, Any]:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._inner, name)
 
-    module.ShardWriter = Counting  # type: ignore[assignment, misc]
+    halves.ShardWriter = Counting  # type: ignore[assignment, misc]
     try:
         return save_beside(rank, path, failing, lambda storage: storage, timeout=60.0)
     finally:
-        module.ShardWriter = original  # type: ignore[misc]
+        halves.ShardWriter = original  # type: ignore[misc]
 
 
 class _Bug:
