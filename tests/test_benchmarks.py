@@ -25,7 +25,7 @@ def test_a_suite_writes_a_record_that_can_be_judged_later(tmp_path: Path) -> Non
         *("--repeats", "2", "--dir", str(tmp_path / "scratch"), "--out", str(tmp_path)),
     )
 
-    record = json.loads((tmp_path / "save-small-2ranks.json").read_text())
+    record = json.loads((tmp_path / "save-sharded-small-2ranks.json").read_text())
     assert record["config"]["repeats"] == 2
     assert record["config"]["device"] in ("cpu", "cuda")
     assert record["versions"]["torch"]
@@ -49,7 +49,7 @@ def test_a_suite_writes_a_record_that_can_be_judged_later(tmp_path: Path) -> Non
     assert reached["shardckpt"]["reached"] == pytest.approx(medians["DCP, 2 threads"] / medians["shardckpt"])
     assert reached["shardckpt"]["met"] is (reached["shardckpt"]["reached"] >= 1.8)
     assert "save: DCP, 2 threads" in printed
-    assert (tmp_path / "save-small-2ranks.png").stat().st_size > 1000
+    assert (tmp_path / "save-sharded-small-2ranks.png").stat().st_size > 1000
     assert not (tmp_path / "scratch").exists()
 
 
