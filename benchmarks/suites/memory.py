@@ -1,9 +1,10 @@
 """Peak memory beyond the state, of saves and loads, at two sizes.
 
-Every operation of every contender runs in a job of its own, which holds the state before it begins: what grew is the
-kernel's own high-water mark of resident memory (``VmHWM``, reset first) less what was resident before. Processes that a
-contender starts are counted with it. Of the ranks, the largest counts. An asynchronous save is watched until it is
-durable, and the steady one is set against the memory of before the first, since what that allocated is kept.
+Every contender runs in a job of its own, which holds the state before it begins: what grew is the kernel's own
+high-water mark of resident memory (``VmHWM``, reset first) less what was resident before. A load follows the save of
+what it loads, and is set against the memory of before that save: buffers that a save keeps would hide those of a load.
+Processes that a contender starts are counted with it. Of the ranks, the largest counts. An asynchronous save is watched
+until it is durable, and the steady one is set against the memory of before the first, as what that allocated is kept.
 """
 
 from collections.abc import Callable, Iterable
@@ -70,7 +71,7 @@ class Watch:
 
 
 def synchronous(bench: Bench, setting: str, name: str, state: Training) -> None:
-    """A save and a load, each watched from its own start."""
+    """A save, then a load, both against the memory of before the save."""
     contenders: dict[str, Callable[[], Contender]] = {
         "shardckpt": Shardckpt,
         "DCP": lambda: Dcp(bench.dcp_group, 1),
@@ -83,7 +84,7 @@ def synchronous(bench: Bench, setting: str, name: str, state: Training) -> None:
     contender.save(state, bench.place("checkpoint"))
     watch.note(SAVE, setting, name, share)
     state.scramble()
-    watch = Watch(bench)
+    process.forget_peak()
     contender.load(state, bench.place("checkpoint"))
     watch.note(LOAD, setting, name, share)
 
