@@ -70,9 +70,9 @@ def copy_into_warm_memory(bench: Bench, setting: str, state: State) -> None:
     """The limit: each rank copies the bytes that it would write, with as many threads as it has cores."""
     share = state.nbytes // bench.world
     blocks: list[tuple[int, int]] = []
-    for _, tensor in state.tensors():
-        if tensor.device.type == "cuda":
-            tensor = tensor.cpu()
+    # Held until the end: what is copied from is known by its address only.
+    tensors = [tensor.cpu() for _, tensor in state.tensors()]
+    for tensor in tensors:
         nbytes = min(tensor.nbytes, share - sum(size for _, size in blocks))
         blocks += [(tensor.data_ptr() + at, min(16 << 20, nbytes - at)) for at in range(0, nbytes, 16 << 20)]
     target = huge_buffer(share)
