@@ -1,9 +1,9 @@
 """Training beside a save: steps per second of one rank while the background writes, back to back.
 
 One core computes, with one thread of torch, and the other is free. A window of steps beside saves is followed by one
-without; a step counts if a save is under way when it ends, and the time that `async_save` itself blocks is in no window
-(suite ``stall`` has it). The step of the optimizer is in every training step, so that what hooks into it is at work,
-but its parameters have no gradients: otherwise it would be nearly all of the training step.
+without; a step counts if a save is under way when it begins, and the time that `async_save` itself blocks is in no
+window (suite ``stall`` has it). The step of the optimizer is in every training step, so that what hooks into it is at
+work, but its parameters have no gradients: otherwise it would be nearly all of the training step.
 """
 
 import inspect
