@@ -316,6 +316,22 @@ def test_hot_or_not_nothing_is_placed_unverified(
     assert torch.equal(only[0].tensor[: intact * DIGEST_BLOCK], tensor[: intact * DIGEST_BLOCK])
 
 
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_a_crowd_is_one_only_where_there_is_a_cache(
+    storage: LocalStorage, pool: StagingPool, monkeypatch: pytest.MonkeyPatch, has_cache: bool
+) -> None:
+    """A process of several that loads alone goes through the cache they share, if there is one."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    tensor = noise(1001)
+    manifest = save(storage, {"a": tensor}, pool)
+    heated = Heated(storage.directory, hot=False)
+    if not has_cache:
+        heated.read_cache = ""
+    read_targets(manifest, heated, [whole("a", torch.zeros_like(tensor))], pool=pool, threads=1)
+    assert {cached for _, cached in heated.reads} == {has_cache}
+
+
 def two_ranks(storage: Storage, pool: StagingPool) -> tuple[Manifest, torch.Tensor]:
     """A tensor whose halves lie in two files."""
     storage.prepare()

@@ -90,8 +90,8 @@ def read_targets(
         stats=stats,
     )
     with reading.placing():
-        # Nobody asks them, but processes of one job mostly load the same.
-        siblings = launch.siblings()
+        # Nobody asks them, but processes of one job mostly load the same. It helps them only if there is a cache.
+        siblings = launch.siblings() if storage.read_cache else None
         reading.everything(siblings and Crowd(*siblings))
     return stats
 
