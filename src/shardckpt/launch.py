@@ -19,7 +19,7 @@ def cores_per_rank(world_size: int) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     said = (os.environ.get(name, "") for name in _RANKS_HERE)
-    ranks = next((int(text) for text in said if text.isdigit() and int(text)), world_size)
+    ranks = next((int(text) for text in said if text.isdecimal() and int(text)), world_size)
     return max(1, cores // ranks)
 
 
@@ -29,9 +29,9 @@ def siblings() -> tuple[int, int] | None:
         own, count = dist.get_rank(), dist.get_world_size()
     else:
         own, count = 0, 1
-    if (rank := os.environ.get("LOCAL_RANK", "")).isdigit() and (
+    if (rank := os.environ.get("LOCAL_RANK", "")).isdecimal() and (
         size := os.environ.get("LOCAL_WORLD_SIZE", "")
-    ).isdigit():
+    ).isdecimal():
         own, count = int(rank), int(size)
     return (own, count) if own < count and count > 1 else None
 
@@ -45,7 +45,7 @@ def check_group(call: str) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     count = os.environ.get("WORLD_SIZE", "")
-    if count.isdigit() and int(count) > 1:
+    if count.isdecimal() and int(count) > 1:
         raise UsageError(
             f"{call}: torchrun has started {count} processes, but there is no process group, so they know nothing of"
             " each other. Call torch.distributed.init_process_group first; or, to save or load from this process alone,"
