@@ -17,7 +17,9 @@ import shardckpt
 from gates import SECONDS, Gate, beside, gate, same
 from shardckpt import Checkpointer, SaveFailedError, UsageError, checkpointer
 from shardckpt.saving import overlap
+from shardckpt.staging import blocks_for
 from shardckpt.state import Stepped
+from shardckpt.storage import BLOCK
 from storage.wrappers import FaultyStorage
 
 
@@ -364,6 +366,25 @@ def test_a_limit_holds_beside_training_too(tmp_path: Path) -> None:
     assert torch.equal(loaded["weight"], torch.arange(10.0 * (1 << 20)))
     assert torch.equal(loaded["loose"], torch.arange(1.0 * (1 << 20)))
     assert not torch.equal(loaded["weight"], weight)
+
+
+def test_a_limit_that_just_holds_the_shard_stops_no_step(tmp_path: Path) -> None:
+    """What is copied at the call leaves too little for holding all blocks back until staging is done: write on."""
+    layer = nn.Linear(2048, 12288, bias=False)  # 96 MiB, and with the header and what is loose a part of a block more
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    limit = blocks_for(layer.weight.nbytes + 1) * BLOCK
+    engine = Checkpointer(overlap="step", staging_limit=limit)
+    state = {"layer": layer, "optimizer": optimizer, "loose": torch.zeros(100)}
+    for number in range(2):  # all that the second may hold has been touched by then
+        pending = engine.async_save(state, tmp_path / str(number))
+        saved = layer.weight.detach().clone()
+        assert pending.wait_until_staged(SECONDS)
+        optimizer.step()
+        pending.result(SECONDS)
+        engine._pool.reserve(limit)
+        assert torch.equal(shardckpt.read_tensor(tmp_path / str(number), "layer.weight"), saved)
+    engine.close()
 
 
 def test_a_synchronous_save_needs_no_guard(tmp_path: Path) -> None:

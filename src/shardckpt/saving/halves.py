@@ -79,7 +79,9 @@ def write(
     def copy_beside(overlap: Overlap) -> None:
         with _telling(writer):
             with ExitStack() as stack:
-                emit = writer.emit if beside else stack.enter_context(_held_back(writer.emit))
+                # What was copied at the call counts too: what is held back must find room beside it.
+                fits = overlap.limit is None or overlap.limit >= needed
+                emit = stack.enter_context(_held_back(writer.emit)) if fits and not beside else writer.emit
                 copy(overlap.sources, overlap.limit, emit)
                 overlap.check()
             writer.finish()
