@@ -490,6 +490,24 @@ def test_a_failed_plan_is_everybodys_failure(tmp_path, monkeypatch):
     assert found(tmp_path / "ck") == 1
 
 
+def test_ctrl_c_before_staging_ends_the_save(tmp_path, monkeypatch):
+    """The others are under way by then: the verdict is a failure, told at the next call, and no marker is left."""
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(halves, "ShardWriter", interrupted)
+    engine = Checkpointer()
+    with pytest.raises(KeyboardInterrupt):
+        engine.async_save(state(1), tmp_path / "ck")
+    with pytest.raises(shardckpt.SaveFailedError, match="interrupted by KeyboardInterrupt"):
+        engine.wait()
+    assert not (tmp_path / "ck").exists()
+    monkeypatch.undo()
+    engine.save(state(1), tmp_path / "ck")
+    assert found(tmp_path / "ck") == 1
+
+
 @pytest.mark.parametrize(
     ("limit", "is_warm", "expected"),
     [

@@ -303,7 +303,7 @@ class Checkpointer:
             manifest,
             storage,
             pool=self._pool,
-            begin=self._begin,
+            begin=self._begin_load,
             patience=self._commit_timeout,
             share_reads=self._share_reads,
         )
@@ -364,6 +364,10 @@ class Checkpointer:
             self._pool.close()
             self._pool = StagingPool()
             self._last, self._version = None, None
+
+    def _begin_load(self, call: str) -> Operation:
+        saving.wait_for_copies()  # a checkpoint may have been opened before a save of what it is now restored into
+        return self._begin(call)
 
     def _begin(self, call: str) -> Operation:
         self._background.check_fork()

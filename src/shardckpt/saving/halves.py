@@ -62,10 +62,13 @@ def write(
                 codec=codec,
                 listed=entries.listed(found) if codec is None else None,
             )
-    except Exception as error:  # noqa: BLE001 - the others are under way: this rank has to join them and say so
-        job = SaveJob(order, error)
+    except BaseException as error:
+        # The others are under way: this rank has to join them and say so.
+        job = SaveJob(order, _told(error))
         submit(job)
         order.pending.mark_staged()
+        if not isinstance(error, Exception):
+            raise
         return job
     job = SaveJob(order, writer)
     needed = BLOCK * blocks_for(writer.first_block_offset + sum(source.nbytes for source in found))
@@ -118,11 +121,15 @@ def _telling(writer: ShardWriter) -> Iterator[None]:
     """Errors in here are the background's to tell, to this rank too: all ranks get one verdict."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - see above
-        writer.cancel(error)
     except BaseException as error:
-        writer.cancel(SaveFailedError(f"staging was interrupted by {type(error).__name__}"))
-        raise
+        writer.cancel(_told(error))
+        if not isinstance(error, Exception):
+            raise
+
+
+def _told(error: BaseException) -> Exception:
+    """What other ranks hear of an error: an interruption is one for this process alone."""
+    return error if isinstance(error, Exception) else SaveFailedError(f"it was interrupted by {type(error).__name__}")
 
 
 @contextmanager
