@@ -531,32 +531,17 @@ def test_a_save_that_shares_is_staged_when_the_first_is(tmp_path: Path) -> None:
     assert same(shardckpt.load(tmp_path / "a"), shardckpt.load(tmp_path / "b"))
 
 
-def test_a_load_waits_for_the_copies_of_others(tmp_path: Path) -> None:
-    """Another Checkpointer's load may write into what is being copied."""
-    with gate() as held:
-        net, _, pending = begun(held, tmp_path / "ck")
-        other = Checkpointer()
-        before = net.embed.weight.detach().clone()
-        other.save({"net": {"embed.weight": torch.zeros(11, 24)}}, tmp_path / "zeros")
-        thread = beside(lambda: other.load(tmp_path / "zeros", {"net": {"embed.weight": net.embed.weight}}))
-        assert held.asked.wait(SECONDS)
-        assert torch.equal(before, net.embed.weight)
-        held.open.set()
-        thread.join()
-    pending.result()
-    assert torch.count_nonzero(net.embed.weight) == 0
-    assert torch.equal(shardckpt.load(tmp_path / "ck")["net"]["embed.weight"], before)
-
-
-def test_a_restore_of_what_was_opened_before_waits_too(tmp_path: Path) -> None:
-    """A checkpoint is opened, a save of what it is restored into begins, and only then the restore."""
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_a_load_waits_for_the_copies_of_others(tmp_path: Path, opened_before: bool) -> None:
+    """Another Checkpointer's load may write into what is being copied, also of what it opened before that save."""
     other = Checkpointer()
     other.save({"net": {"embed.weight": torch.zeros(11, 24)}}, tmp_path / "zeros")
     opened = other.open(tmp_path / "zeros")
     with gate() as held:
         net, _, pending = begun(held, tmp_path / "ck")
         before = net.embed.weight.detach().clone()
-        thread = beside(lambda: opened.restore({"net": {"embed.weight": net.embed.weight}}))
+        state = {"net": {"embed.weight": net.embed.weight}}
+        thread = beside(lambda: opened.restore(state) if opened_before else other.load(tmp_path / "zeros", state))
         assert held.asked.wait(SECONDS)
         assert torch.equal(before, net.embed.weight)
         held.open.set()

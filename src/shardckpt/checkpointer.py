@@ -295,7 +295,6 @@ class Checkpointer:
     ) -> OpenCheckpoint:
         """Read the manifest of a checkpoint; ``collective``: rank 0 reads it, and all ranks get the same one."""
         self._background.wait()
-        saving.wait_for_copies()  # another Checkpointer's too: what is read may go into what it copies
         operation = self._begin(f"load({options.path_text(path)!r})") if collective else coordinator.begin_alone()
         place, storage, manifest = loading.read_manifest(path, self._options(storage_options), operation)
         return OpenCheckpoint(
@@ -366,7 +365,7 @@ class Checkpointer:
             self._last, self._version = None, None
 
     def _begin_load(self, call: str) -> Operation:
-        saving.wait_for_copies()  # a checkpoint may have been opened before a save of what it is now restored into
+        saving.wait_for_copies()  # another Checkpointer's too: what is read may go into what it copies
         return self._begin(call)
 
     def _begin(self, call: str) -> Operation:

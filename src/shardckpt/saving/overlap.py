@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardckpt.background import PendingSave
 from shardckpt.errors import ConflictingStateError
-from shardckpt.staging import Block, Source, StagingPool, copyable, stage
+from shardckpt.staging import Block, Source, StagingPool, copyable, side_stream, stage
 from shardckpt.state import Stepped
 from shardckpt.storage import BLOCK
 
@@ -82,7 +82,7 @@ class Overlap:
             # By the caller's thread: the streams that it computes on are not those of another thread, and what it
             # queues from now on is not to be waited for.
             devices = {source.tensor.device for source in self.sources if source.tensor.is_cuda}
-            self._streams = [_side_stream(device) for device in devices]
+            self._streams = [side_stream(device) for device in devices]
         except BaseException:
             self._release()
             raise
@@ -175,10 +175,3 @@ def _copied(sources: Sequence[_Placed], pool: StagingPool, blocks: list[Block], 
                 found.append(source._replace(tensor=octets, nbytes=size))
                 at += size
     return found
-
-
-def _side_stream(device: torch.device) -> Any:
-    """A stream ordered after all that this thread has queued on ``device`` so far. Not yet run: it needs a GPU."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return stream

@@ -74,7 +74,9 @@ def stage(
     if devices:
         pool.pin()
     with torch.no_grad(), ExitStack() as stack:
-        streams = [_enter_side_stream(stack, device) for device in devices]
+        streams = [side_stream(device) for device in devices]
+        for stream in streams:
+            stack.enter_context(torch.cuda.stream(stream))
         workers = None
         if threads > 1 and any(source.tensor.is_cpu and source.nbytes > PARALLEL for source in sources):
             workers = stack.enter_context(Workers(threads, "stage"))
@@ -89,11 +91,10 @@ def stage(
             raise
 
 
-def _enter_side_stream(stack: ExitStack, device: torch.device) -> Any:
-    """Make a stream of our own the current one of `device`, ordered after all that training has queued there."""
+def side_stream(device: torch.device) -> Any:
+    """A stream of our own, ordered after all that this thread has queued on `device`. Not yet run: it needs a GPU."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
-    stack.enter_context(torch.cuda.stream(stream))
     return stream
 
 
