@@ -11,10 +11,10 @@ from typing import Any
 
 from benchmarks.bench import Bench
 from benchmarks.contenders import Contender, loaders
-from benchmarks.options import Launch, Options, size_text
+from benchmarks.options import Launch, Options
 from benchmarks.raw_disk import RawDisk
 from benchmarks.record import Target
-from benchmarks.states import State, training
+from benchmarks.states import State
 from benchmarks.suites import save
 from benchmarks.suites.save import RAW
 
@@ -31,11 +31,10 @@ def launches(options: Options) -> Iterable[Launch]:
 
 
 def work(bench: Bench, *, layout: str, gib: float) -> None:
-    held = gib * 2**30 / (bench.world if layout == "sharded" else 1)
-    setting = f"{layout}, {size_text(gib)}, {bench.world} ranks"
-    if not bench.room_for(int(held * 1.25), setting):
+    made = save.setting_and_state(bench, layout, gib)
+    if made is None:
         return
-    state = training(layout, gib)
+    setting, state = made
     contenders = loaders(bench.dcp_group, bench.options.storage)
     bench.clear()
     for name, contender in contenders.items():

@@ -13,7 +13,7 @@ from benchmarks.contenders import Contender, savers
 from benchmarks.options import Launch, Options, size_text
 from benchmarks.raw_disk import RawDisk
 from benchmarks.record import Target
-from benchmarks.states import LAYOUTS, State, training
+from benchmarks.states import LAYOUTS, State, Training, training
 
 RAW = "raw disk"
 TARGETS = (
@@ -30,11 +30,10 @@ def launches(options: Options) -> Iterable[Launch]:
 
 
 def work(bench: Bench, *, layout: str, gib: float) -> None:
-    held = gib * 2**30 / (bench.world if layout == "sharded" else 1)
-    setting = f"{layout}, {size_text(gib)}, {bench.world} ranks"
-    if not bench.room_for(int(held * 1.25), setting):
+    made = setting_and_state(bench, layout, gib)
+    if made is None:
         return
-    state = training(layout, gib)
+    setting, state = made
     contenders = {
         name: saving(bench, name, setting, contender, state)
         for name, contender in savers(bench.dcp_group, bench.options.storage).items()
@@ -42,6 +41,13 @@ def work(bench: Bench, *, layout: str, gib: float) -> None:
     if bench.options.storage == "local":
         contenders[RAW] = raw_write(bench, setting, state)
     bench.rounds(contenders)
+
+
+def setting_and_state(bench: Bench, layout: str, gib: float) -> tuple[str, Training] | None:
+    """What is to be saved or loaded, and what its rows are called; None where there is no room for it."""
+    held = gib * 2**30 / (bench.world if layout == "sharded" else 1)
+    setting = f"{layout}, {size_text(gib)}, {bench.world} ranks"
+    return (setting, training(layout, gib)) if bench.room_for(int(held * 1.25), setting) else None
 
 
 def saving(bench: Bench, name: str, setting: str, contender: Contender, state: State) -> Any:
