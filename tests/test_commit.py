@@ -473,6 +473,14 @@ def test_a_damaged_checkpoint_can_be_overwritten(tmp_path):
     assert set(files(path)) == ours(path)
 
 
+def check_gone_and_again(engine: Checkpointer, path: Path, broken: pytest.MonkeyPatch) -> None:
+    """Nothing is left of a save that failed, and the next one, with what was broken mended, works."""
+    assert not path.exists()
+    broken.undo()
+    engine.save(state(1), path)
+    assert found(path) == 1
+
+
 def test_a_failed_plan_is_everybodys_failure(tmp_path, monkeypatch):
     """What goes wrong between the agreement and the staging still ends the save, and leaves no marker behind."""
 
@@ -484,10 +492,7 @@ def test_a_failed_plan_is_everybodys_failure(tmp_path, monkeypatch):
     pending = engine.async_save(state(1), tmp_path / "ck")
     with pytest.raises(shardckpt.SaveFailedError, match="too many tensors"):
         pending.result(30)
-    assert not (tmp_path / "ck").exists()
-    monkeypatch.undo()
-    engine.save(state(1), tmp_path / "ck")
-    assert found(tmp_path / "ck") == 1
+    check_gone_and_again(engine, tmp_path / "ck", monkeypatch)
 
 
 def test_ctrl_c_before_staging_ends_the_save(tmp_path, monkeypatch):
@@ -502,10 +507,7 @@ def test_ctrl_c_before_staging_ends_the_save(tmp_path, monkeypatch):
         engine.async_save(state(1), tmp_path / "ck")
     with pytest.raises(shardckpt.SaveFailedError, match="interrupted by KeyboardInterrupt"):
         engine.wait()
-    assert not (tmp_path / "ck").exists()
-    monkeypatch.undo()
-    engine.save(state(1), tmp_path / "ck")
-    assert found(tmp_path / "ck") == 1
+    check_gone_and_again(engine, tmp_path / "ck", monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -569,10 +571,7 @@ def test_a_save_that_gets_no_thread_fails_on_all_ranks(tmp_path, monkeypatch):
     pending = engine.async_save(state(1), tmp_path / "ck")
     with pytest.raises(shardckpt.SaveFailedError, match="can't start new thread"):
         pending.result(30)
-    assert not (tmp_path / "ck").exists()
-    monkeypatch.undo()
-    engine.save(state(1), tmp_path / "ck")
-    assert found(tmp_path / "ck") == 1
+    check_gone_and_again(engine, tmp_path / "ck", monkeypatch)
 
 
 def test_what_another_rank_spoils_is_taken_back(tmp_path, monkeypatch):
