@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -24,7 +25,8 @@ from shardckpt.errors import (
 )
 from shardckpt.filenames import rank_manifest_name, shard_name
 from shardckpt.manifest import Manifest, decode_rank_manifest, encode
-from shardckpt.reader import ReadStats, Target, check_files, read_bytes, read_targets
+from shardckpt.planner import Wanted
+from shardckpt.reader import Reading, ReadPlan, ReadStats, Target, read_bytes
 from shardckpt.reader.fetch import cells_of, union
 from shardckpt.staging import Source, StagingPool, copyable, stage
 from shardckpt.storage import BLOCK, LocalStorage, Storage
@@ -48,6 +50,17 @@ def pool() -> Iterator[StagingPool]:
 @pytest.fixture
 def storage(tmp_path: Path) -> LocalStorage:
     return LocalStorage(tmp_path / "checkpoint")
+
+
+def plan_of(manifest: Manifest, storage: Storage, targets: Sequence[Target]) -> ReadPlan:
+    return ReadPlan(manifest, storage, [Wanted(target.fqn, target.box) for target in targets])
+
+
+def read_targets(manifest: Manifest, storage: Storage, targets: Sequence[Target], **options: Any) -> ReadStats:
+    """Plan and read at once."""
+    reading = Reading(plan_of(manifest, storage, targets), targets, **options)
+    reading.alone()
+    return reading.stats
 
 
 def flip(storage: LocalStorage, name: str, offset: int) -> None:
@@ -357,7 +370,7 @@ def test_missing_or_short_file_changes_nothing(storage: LocalStorage, pool: Stag
         path.write_bytes(content[:-1] if harm == "short" else content + b"\0")
     found, stats = torch.zeros(64, 100), ReadStats()
     for call in (
-        lambda: check_files(manifest, storage, [whole("a", found)]),
+        lambda: plan_of(manifest, storage, [whole("a", found)]).check(),
         lambda: read_targets(manifest, storage, [whole("a", found)], pool=pool, stats=stats),
     ):
         with pytest.raises(CorruptCheckpointError, match=name) as raised:
@@ -371,7 +384,7 @@ def test_only_what_is_needed_is_read(storage: LocalStorage, pool: StagingPool) -
     manifest, tensor = two_ranks(storage, pool)
     counting = CountingStorage(storage)
     found = torch.empty(10, 100)
-    check_files(manifest, counting, [Target("a", Box((40, 0), (10, 100)), found)])
+    plan_of(manifest, counting, [Target("a", Box((40, 0), (10, 100)), found)]).check()
     assert not counting.bytes_read
     read_targets(manifest, counting, [Target("a", Box((40, 0), (10, 100)), found)], pool=pool)
     assert torch.equal(raw(found), raw(tensor[40:50]))

@@ -1,10 +1,8 @@
 """One load: the manifest, what it is restored into, and the order in which nothing is lost."""
 
-import io
 import logging
-import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,21 +14,20 @@ from shardckpt import commit, filenames
 from shardckpt import manifest as mf
 from shardckpt.box import full_box
 from shardckpt.codecs import torch_dtype
-from shardckpt.coordinator import Operation, begin_alone, turn
+from shardckpt.coordinator import Operation, turn
 from shardckpt.errors import (
     CorruptCheckpointError,
     LoadFailedError,
     ObjectNotFoundError,
     ShardckptError,
     TensorNotFoundError,
-    UnsafeLoadError,
 )
 from shardckpt.garbage import held_off
 from shardckpt.indexing import Index, select
 from shardckpt.manifest import Manifest
 from shardckpt.options import Path, ShareReads
 from shardckpt.planner import Wanted
-from shardckpt.reader import ReadStats, Target, check_files, read_bytes, read_targets, read_together
+from shardckpt.reader import Reading, ReadPlan, ReadStats, Target, first_line, opening, read_object, read_together
 from shardckpt.relocation import MapLocation, relocation
 from shardckpt.reports import LoadReport
 from shardckpt.staging import StagingPool
@@ -130,7 +127,7 @@ class OpenCheckpoint:
         """
         match = self._match({}, map_location, strict=True, convert_dtype=False)
         value = match.new(self._part(prefix, key_map, None, strict=True), prefix_name(prefix))
-        self._load_objects(match, map_location, weights_only)
+        self._read_objects(match, map_location, weights_only)
         self._fill_new(match)
         return value()
 
@@ -169,20 +166,23 @@ class OpenCheckpoint:
         verdict, differences = together([found.differences for found in ranks], operation.rank)
         if meshes.may_differ([found.meshes for found in ranks]):
             meshes.check(operation.agree("meshes", match.meshes.encode()))
-        with turn(operation, "check"):
+        with turn(operation, "check") as checked:
             where = prefix_name(prefix)
             verdict.check(f"{self.path} at {where!r}" if where else self.path, strict=strict)
-            self._load_objects(match, map_location, weights_only)
-            check_files(self.manifest, self.storage, [Wanted(t.fqn, box) for t in match.live() for box in t.boxes])
+            self._read_objects(match, map_location, weights_only)
+            live = [Wanted(tensor.fqn, box) for tensor in match.live() for box in tensor.boxes]
+            reading = self._prepare(match, live, convert_dtype=convert_dtype, stats=stats)
+            checked.word = opening(reading, self._share_reads)
         per_rank: dict[str, list[Any]] = {}
         if self.manifest.per_rank and operation.world_size != self.manifest.world_size:
             with turn(operation, "resize", self._patience):
                 per_rank = self._resize(match, map_location, weights_only, stats)
         others_may_have = operation.world_size > 1
         # What was placed while reading may be in new tensors only, which nobody has seen.
-        reading = _telling(self.path, lambda: (stats.placing and bool(match.targets)) or others_may_have)
-        with turn(operation, "restore", self._patience), reading:
-            self._fill(match, convert_dtype=convert_dtype, stats=stats, operation=operation)
+        telling = _telling(self.path, lambda: (stats.placing and bool(match.targets)) or others_may_have)
+        with turn(operation, "restore", self._patience), telling:
+            read_together(reading, checked.heard, operation, patience=self._patience)
+            match.settle()
         # In a turn of its own: a module's loading code may hold collectives, and wait for a rank that could not read.
         with turn(operation, "place", self._patience), _telling(self.path, lambda: True):
             place()
@@ -226,12 +226,11 @@ class OpenCheckpoint:
             raise TensorNotFoundError(f"{self.path} has no tensor {name!r}.{near}")
         relocate = relocation(map_location)
         box, within = select(index, entry.shape, name)
-        check_files(self.manifest, self.storage, [Wanted(name, box)])
-        try:
+        plan = ReadPlan(self.manifest, self.storage, [Wanted(name, box)])
+        plan.check()
+        with self._enough_memory():
             tensor = torch.empty(box.lengths, dtype=torch_dtype(entry.dtype), device="cpu")
-        except (RuntimeError, MemoryError) as error:
-            raise self._no_memory(error) from error
-        read_targets(self.manifest, self.storage, [Target(name, box, tensor)], pool=self._pool)
+        Reading(plan, [Target(name, box, tensor)], pool=self._pool).alone()
         # What lies between the steps of a slice is not kept.
         return relocate(tensor[within].contiguous(), entry.location)
 
@@ -252,7 +251,7 @@ class OpenCheckpoint:
         """
         everyone = self._match({}, map_location, strict=True, convert_dtype=False)
         made = {offer.place: everyone.per_rank(offer.place, offer.place) for offer in match.offers}
-        self._load_objects(everyone, map_location, weights_only)
+        self._read_objects(everyone, map_location, weights_only)
         stats.count(self._fill_new(everyone).bytes_read)
         assert match.here is not None, "it was made for a restore"
         unsaid = resize(match.offers, {place: value() for place, value in made.items()}, match.here, self.path)
@@ -286,75 +285,45 @@ class OpenCheckpoint:
         )
 
     def _fill_new(self, match: Match) -> ReadStats:
-        """Fill a match of new tensors only, which are whole: what isn't there needs no memory."""
-        wanted = [Wanted(fresh.fqn, full_box(fresh.entry.shape)) for fresh in match.fresh]
-        check_files(self.manifest, self.storage, wanted)
-        stats = ReadStats()
-        self._fill(match, convert_dtype=False, stats=stats)
-        return stats
-
-    def _fill(self, match: Match, *, convert_dtype: bool, stats: ReadStats, operation: Operation | None = None) -> None:
-        """Read the tensors of a match; with ``operation``, all its ranks do, and may read for each other."""
-
-        @held_off()
-        def targets() -> list[Target]:
-            try:
-                return _targets(match.allocate())
-            except (RuntimeError, MemoryError) as error:
-                raise self._no_memory(error) from error
-
-        read_together(
-            self.manifest,
-            self.storage,
-            targets,
-            operation=operation or begin_alone(),
-            share=self._share_reads,
-            patience=self._patience,
-            pool=self._pool,
-            convert_dtype=convert_dtype,
-            stats=stats,
-        )
+        """Fill a match of new tensors only, which are whole."""
+        whole = [Wanted(fresh.fqn, full_box(fresh.entry.shape)) for fresh in match.fresh]
+        reading = self._prepare(match, [wanted for wanted in whole if wanted.box.volume])
+        reading.alone()
         match.settle()
+        return reading.stats
 
-    def _no_memory(self, error: Exception) -> LoadFailedError:
-        return LoadFailedError(f"{self.path}: no memory for what is to be restored: {_first_line(error)}.")
+    @held_off()
+    def _prepare(
+        self,
+        match: Match,
+        known: Sequence[Wanted],
+        *,
+        convert_dtype: bool = False,
+        stats: ReadStats | None = None,
+    ) -> Reading:
+        """Check the files and make what is to be made; ``known`` is what of ``match`` is known to be wanted before."""
+        plan = ReadPlan(self.manifest, self.storage, known)
+        # What isn't there needs no memory.
+        plan.check()
+        with self._enough_memory():
+            tensors = match.allocate()
+        targets = [Target(t.fqn, box, view) for t in tensors for box, view in zip(t.boxes, t.views, strict=True)]
+        plan.add([Wanted(target.fqn, target.box) for target in targets[len(known) :]])
+        plan.check()
+        return Reading(plan, targets, pool=self._pool, convert_dtype=convert_dtype, stats=stats)
 
-    def _load_objects(self, match: Match, map_location: MapLocation, weights_only: bool | None) -> None:
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            raise LoadFailedError(f"{self.path}: no memory for what is to be restored: {first_line(error)}.") from error
+
+    def _read_objects(self, match: Match, map_location: MapLocation, weights_only: bool | None) -> None:
         for path in match.objects:
-            entry = self.manifest.objects.get(path)
-            if entry is None:
-                raise CorruptCheckpointError(
-                    f"{self.path}: the state has an object at {path!r} that the manifest does not list."
-                )
-            data = read_bytes(self.storage, entry.file, entry.offset, entry.nbytes, entry.digest)
-            try:
-                match.objects[path] = torch.load(io.BytesIO(data), map_location=map_location, weights_only=weights_only)
-            except pickle.UnpicklingError as error:
-                if weights_only is False:
-                    raise LoadFailedError(
-                        f"{self.path}: the object at {path!r} cannot be unpickled: {error}"
-                    ) from error
-                raise UnsafeLoadError(
-                    f"{self.path} holds a pickled object at {path!r}, and weights_only forbids to load it: unpickling"
-                    " runs code. If you trust whoever wrote it, pass weights_only=False. Nothing was changed."
-                ) from error
-            except (AttributeError, ImportError) as error:
-                raise LoadFailedError(
-                    f"{self.path}: the object at {path!r} needs code that is not here: {error}. Nothing was changed."
-                ) from error
-            except Exception as error:  # what a pickle holds may raise anything
-                raise LoadFailedError(
-                    f"{self.path}: the object at {path!r} cannot be read: {type(error).__name__}: {_first_line(error)}."
-                    " Nothing was changed."
-                ) from error
-
-
-def _targets(tensors: Any) -> list[Target]:
-    return [Target(t.fqn, box, view) for t in tensors for box, view in zip(t.boxes, t.views, strict=True)]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+            match.objects[path] = read_object(
+                self.path, self.manifest, self.storage, path, map_location=map_location, weights_only=weights_only
+            )
 
 
 @contextmanager

@@ -1,7 +1,19 @@
 """From the files of a checkpoint to filled tensors."""
 
+from shardckpt.reader.objects import first_line, read_bytes, read_object
 from shardckpt.reader.place import Target
-from shardckpt.reader.targets import READ_MEMORY, ReadStats, check_files, read_bytes, read_targets
-from shardckpt.reader.together import read_together
+from shardckpt.reader.plan import ReadPlan
+from shardckpt.reader.targets import Reading, ReadStats
+from shardckpt.reader.together import opening, read_together
 
-__all__ = ["READ_MEMORY", "ReadStats", "Target", "check_files", "read_bytes", "read_targets", "read_together"]
+__all__ = [
+    "ReadPlan",
+    "ReadStats",
+    "Reading",
+    "Target",
+    "first_line",
+    "opening",
+    "read_bytes",
+    "read_object",
+    "read_together",
+]

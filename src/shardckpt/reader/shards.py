@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from shardckpt.box import Box, relative_to
+from shardckpt.box import Box, contiguous_span, relative_to
 from shardckpt.codecs import (
     DIGEST_BLOCK,
     ITEMSIZE,
@@ -22,7 +22,7 @@ from shardckpt.garbage import held_off
 from shardckpt.manifest import FileEntry, RankManifest, ShardEntry, TensorEntry, decode_rank_manifest
 from shardckpt.reader.common import points
 from shardckpt.reader.fetch import PAGE, Extent, Run, cells_of, union
-from shardckpt.reader.place import Placement
+from shardckpt.reader.place import Placement, Target
 from shardckpt.staging import Block
 from shardckpt.storage import BLOCK, Storage
 
@@ -46,9 +46,10 @@ class Piece:
         "nbytes",
         "offset",
         "placements",
+        "wanted",
     )
 
-    def __init__(self, fqn: str, tensor: TensorEntry, shard: int, box: Box, placements: Sequence[Placement]) -> None:
+    def __init__(self, fqn: str, tensor: TensorEntry, shard: int, box: Box) -> None:
         self.fqn = fqn
         self.entry = fqn, shard
         """The tensor's name and the number of its stored box."""
@@ -56,7 +57,10 @@ class Piece:
         self.dtype = tensor.dtype
         self.offset = tensor.offset[shard]
         self.nbytes = tensor.nbytes[shard]
-        self.placements = placements
+        self.wanted: list[tuple[int, Box]] = []
+        """What of it is wanted: for which target, by its number, and which box of the whole tensor."""
+        self.placements: list[Placement] = []
+        """The copies that bring it there, after `bind`."""
         self._torch_dtype = torch_dtype(tensor.dtype)
         self._itemsize = ITEMSIZE[tensor.dtype]
         self._compressed = False
@@ -65,12 +69,16 @@ class Piece:
 
     def stretch(self) -> tuple[int, int]:
         """Between which bytes of the file what is wanted lies, roughly: as if nothing were compressed."""
-        start = min(placement.start for placement in self.placements)
-        stop = max(placement.stop for placement in self.placements)
+        spans = [(0, box.volume) if box == self.box else contiguous_span(self.box, box) for _, box in self.wanted]
+        start, stop = min(start for start, _ in spans), max(stop for _, stop in spans)
         return self.offset + start * self._itemsize, self.offset + stop * self._itemsize
 
+    def bind(self, targets: Sequence[Target]) -> None:
+        """Say where what is wanted goes."""
+        self.placements = [Placement(self.box, box, targets[number], self._torch_dtype) for number, box in self.wanted]
+
     def also(self, placements: Sequence[Placement]) -> "Piece":
-        """The same entry, wanted for more."""
+        """The same entry, to be copied elsewhere too."""
         other = copy(self)
         other.placements = [*self.placements, *placements]
         return other
@@ -99,7 +107,7 @@ class Piece:
         self._name = name
         wanted = [(0, 1)]
         if cells > 1:
-            inner = [relative_to(self.box, placement.overlap) for placement in self.placements]
+            inner = [relative_to(self.box, box) for _, box in self.wanted]
             wanted = union(run for box in inner for run in cells_of(self.box.lengths, box, self._itemsize))
         return Extent(self.offset, self.nbytes, entry.frames, wanted, self)
 
@@ -167,8 +175,7 @@ class ShardFile:
                 )
 
     def open(self) -> int:
-        """`check`, then read the manifest and find the pieces in it; returns the bytes read. Raises as `check` does."""
-        self.check()
+        """Read the manifest and find the pieces in it; returns the bytes read. Raises as `check` does."""
         try:
             data = self._storage.get(self._file.manifest, limit=self._file.manifest_size)
         except ObjectNotFoundError as error:

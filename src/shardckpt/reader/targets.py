@@ -7,24 +7,23 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch.autograd.graph import increment_version
 
 from shardckpt import launch
-from shardckpt.box import Box
-from shardckpt.codecs import DTYPE_NAMES, digest, digests_text, torch_dtype
-from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StateMismatchError, UsageError
+from shardckpt.codecs import DTYPE_NAMES, torch_dtype
+from shardckpt.errors import StateMismatchError, UsageError
 from shardckpt.garbage import held_off
 from shardckpt.manifest import Manifest
-from shardckpt.planner import ReadItem, Wanted, plan_load
-from shardckpt.reader.common import Crowd, sample
+from shardckpt.reader.common import Crowd
 from shardckpt.reader.fetch import PAGE, Extent, Range, ranges, steps, union
 from shardckpt.reader.place import Placement, Target
+from shardckpt.reader.plan import ReadPlan
 from shardckpt.reader.shards import Piece, ShardFile
 from shardckpt.staging import Block, Budget, StagingPool
-from shardckpt.storage import BLOCK, Storage
+from shardckpt.storage import BLOCK
 from shardckpt.workers import THREADS, for_each
 
 READ_MEMORY: Final = 256 << 20
@@ -37,7 +36,7 @@ _CROWD_DEPTH: Final = 2
 
 @dataclass
 class ReadStats:
-    """How far a read has come; final when `read_targets` returns, and still true when it raises."""
+    """How far a `Reading` has come, also when it has raised."""
 
     bytes_read: int = 0
     """Bytes that came from the storage, including the manifests of ranks and what alignment adds."""
@@ -53,85 +52,56 @@ class ReadStats:
             self.bytes_read += nbytes
 
 
-def read_targets(
-    manifest: Manifest,
-    storage: Storage,
-    targets: Sequence[Target],
-    *,
-    pool: StagingPool,
-    threads: int = THREADS,
-    read_memory: int = READ_MEMORY,
-    convert_dtype: bool = False,
-    stats: ReadStats | None = None,
-) -> ReadStats:
-    """Fill every target from the checkpoint that `manifest` describes and `storage` holds; return when all are full.
-
-    Only files and digest blocks that hold wanted elements are read, through at most `read_memory` bytes of `pool` (but
-    always one block), and nothing is placed before it has been verified. Before the first byte is placed, all needed
-    files are known to exist with the right size. An error up to then has changed nothing, and ``stats.placing`` is
-    False: pass `stats` to see that.
-
-    Raises:
-        StateMismatchError: the checkpoint lacks a target's tensor, or has it in another dtype and `convert_dtype` is
-            False; changing a complex dtype to a real one is always refused.
-        CorruptCheckpointError: a file is missing (then the cause is an ObjectNotFoundError), has the wrong size, or
-            does not match its digests; names the tensor, the file and the byte.
-        StorageError: the storage failed.
-    """
-    stats = ReadStats() if stats is None else stats
-    reading = Reading(
-        manifest,
-        storage,
-        targets,
-        pool=pool,
-        threads=threads,
-        read_memory=read_memory,
-        convert_dtype=convert_dtype,
-        stats=stats,
-    )
-    with reading.placing():
-        # Nobody asks them, but processes of one job mostly load the same. It helps them only if there is a cache.
-        siblings = launch.siblings() if storage.read_cache else None
-        reading.everything(siblings and Crowd(*siblings))
-    return stats
-
-
 class Reading:
-    """What one rank reads for its targets, at once or in parts. Nothing is read before it is asked for."""
+    """What one rank reads for its targets, at once or in parts. Nothing is read before it is asked for.
+
+    Only files and digest blocks that hold wanted elements are read, and nothing is placed before it has been verified.
+    Before the first byte is placed, all needed files are known to exist with the right size. An error up to then has
+    changed nothing, and ``stats.placing`` is False.
+
+    All that reads raises CorruptCheckpointError where a file is missing (then the cause is an ObjectNotFoundError), has
+    the wrong size, or does not match its digests, which names the tensor, the file and the byte; and StorageError where
+    the storage failed.
+    """
 
     @held_off()
     def __init__(
         self,
-        manifest: Manifest,
-        storage: Storage,
+        plan: ReadPlan,
         targets: Sequence[Target],
         *,
         pool: StagingPool,
-        threads: int,
-        read_memory: int,
-        convert_dtype: bool,
-        stats: ReadStats,
+        threads: int = THREADS,
+        read_memory: int = READ_MEMORY,
+        convert_dtype: bool = False,
+        stats: ReadStats | None = None,
     ) -> None:
-        """Arguments and errors are those of `read_targets`."""
+        """Targets are as many as the plan has for, in its order; they are filled through memory of `pool`.
+
+        At most `read_memory` bytes of it are used, but always one block. Raises StateMismatchError where the checkpoint
+        has a target's tensor in another dtype and `convert_dtype` is False; changing a complex dtype to a real one is
+        always refused.
+        """
         # Inference tensors may be changed in inference mode only, and everything else may be there too.
         inference = any(target.tensor.is_inference() for target in targets)
         self.mode: Callable[[], AbstractContextManager[object]] = torch.inference_mode if inference else torch.no_grad
         """Encloses what changes a target, in any thread."""
-        self.manifest = manifest
+        self.plan = plan
+        self.manifest = plan.manifest
         self.pool = pool
-        self.stats = stats
+        self.stats = ReadStats() if stats is None else stats
         self.threads = threads
         self._budget = Budget(pool, read_memory)
         with self.mode():
             for target in targets:
-                _check_target(manifest, target, convert_dtype)
+                _check_target(self.manifest, target, convert_dtype)
         self.targets: defaultdict[str, list[Target]] = defaultdict(list)
         """By the name under which they are stored: a tensor wanted under two names is one tensor, read once."""
         for target in targets:
-            self.targets[manifest.aliases.get(target.fqn, target.fqn)].append(target)
-        self._files = _files(manifest, storage, targets)
+            self.targets[plan.stored_name(target.fqn)].append(target)
+        for _, piece in plan.pieces.values():
+            piece.bind(targets)
         self._is_ready = False
-        self._of = {piece.entry: (file, piece) for file in self._files for piece in file.pieces}
 
     def ready(self) -> None:
         """Do what has to be done before anything is placed and may fail; `placing` does it unless it is done."""
@@ -158,17 +128,20 @@ class Reading:
                 for target in self._all_targets():
                     increment_version(target.tensor)
 
-    def sample(self) -> list[int]:
-        """Of what is wanted, to be compared with that of other ranks by `is_common`."""
-        return sample(point for file in self._files for point in file.points())
+    def alone(self) -> None:
+        """Fill all targets, when there are no other ranks to agree with."""
+        with self.placing():
+            # Nobody asks them, but processes of one job mostly load the same. It helps them only if there is a cache.
+            siblings = launch.siblings() if self.plan.storage.read_cache else None
+            self.everything(siblings and Crowd(*siblings))
 
     def everything(self, crowd: Crowd | None = None) -> None:
         """Fill all targets. All needed files are checked before anything is placed.
 
         `crowd`: other processes on this host are about to read the same bytes.
         """
-        self._open(self._files)
-        self._run([(file, piece) for file in self._files for piece in ranges(file.extents.values())], crowd)
+        self._open(self.plan.files)
+        self._run([(file, piece) for file in self.plan.files for piece in ranges(file.extents.values())], crowd)
 
     def cells(
         self,
@@ -185,7 +158,7 @@ class Reading:
         extents: defaultdict[int, list[Extent[Piece]]] = defaultdict(list)
         nbytes = 0
         for entry, runs in wanted.items():
-            file, piece = self._of[entry]
+            file, piece = self.plan.pieces[entry]
             extent = file.extents[entry]
             cells = union(runs)
             nbytes += sum(extent.start_of(stop) - extent.start_of(first) for first, stop in cells)
@@ -197,12 +170,13 @@ class Reading:
 
     def open(self, wanted: Iterable[tuple[str, int]]) -> dict[int, ShardFile]:
         """Open the files of entries, by stored name and shard, unless they are open; returns them by their ``id``."""
-        files = {id(file): file for file, _ in (self._of[entry] for entry in wanted)}
+        files = {id(file): file for file, _ in (self.plan.pieces[entry] for entry in wanted)}
         self._open(list(files.values()))
         return files
 
     def _open(self, files: Sequence[ShardFile]) -> None:
-        for_each([file for file in files if not file.extents], self._open_one, threads=self.threads, name="check")
+        self.plan.check(threads=self.threads)
+        for_each([file for file in files if not file.extents], self._open_one, threads=self.threads, name="open")
 
     def _open_one(self, file: ShardFile) -> None:
         self.stats.count(file.open())
@@ -241,62 +215,8 @@ class Reading:
         return chain.from_iterable(self.targets.values())
 
 
-def check_files(manifest: Manifest, storage: Storage, wanted: Sequence[Wanted], *, threads: int = THREADS) -> None:
-    """Raise what `read_targets` would raise for files that are missing or of the wrong size, and read none.
-
-    Whoever asks first need not allocate memory for a checkpoint that is not there.
-    """
-    plan = _plan(manifest, storage, wanted)
-    indices = {manifest.tensors[plan.names[item.wanted]].file[item.shard] for item in plan.items}
-    files = [ShardFile(storage, manifest.files[index]) for index in sorted(indices)]
-    for_each(files, ShardFile.check, threads=threads, name="check")
-
-
-class _Plan(NamedTuple):
-    """Which stored boxes fill which targets."""
-
-    names: list[str]
-    """Under which name each target's tensor is stored."""
-    boxes: dict[str, list[Box]]
-    """The stored boxes by that name."""
-    items: list[ReadItem]
-
-
-@held_off()
-def _plan(manifest: Manifest, storage: Storage, targets: Sequence[Target | Wanted]) -> _Plan:
-    names = [manifest.aliases.get(target.fqn, target.fqn) for target in targets]
-    boxes: dict[str, list[Box]] = {}
-    for name, target in zip(names, targets, strict=True):
-        if name not in boxes:
-            tensor = manifest.tensors.get(name)
-            if tensor is None:
-                raise StateMismatchError(f"the checkpoint at {storage.url} has no tensor {target.fqn!r}")
-            boxes[name] = tensor.boxes()
-    wanted = [Wanted(name, target.box) for name, target in zip(names, targets, strict=True)]
-    return _Plan(names, boxes, plan_load(wanted, boxes.__getitem__))
-
-
-def _files(manifest: Manifest, storage: Storage, targets: Sequence[Target]) -> list[ShardFile]:
-    """The files that hold wanted elements, each with the pieces of it that do."""
-    plan = _plan(manifest, storage, targets)
-    placements: defaultdict[tuple[str, int], list[Placement]] = defaultdict(list)
-    for item in plan.items:
-        name = plan.names[item.wanted]
-        dtype = torch_dtype(manifest.tensors[name].dtype)
-        placement = Placement(plan.boxes[name][item.shard], item.overlap, targets[item.wanted], dtype)
-        placements[name, item.shard].append(placement)
-    files: dict[int, ShardFile] = {}
-    for (name, shard), wanted in placements.items():
-        tensor = manifest.tensors[name]
-        index = tensor.file[shard]
-        if index not in files:
-            files[index] = ShardFile(storage, manifest.files[index])
-        files[index].pieces.append(Piece(name, tensor, shard, plan.boxes[name][shard], wanted))
-    return list(files.values())
-
-
 def _check_target(manifest: Manifest, target: Target, convert_dtype: bool) -> None:
-    """Raise where the target can't take what the checkpoint has for it; `_plan` says where it has nothing."""
+    """Raise where the target can't take what the checkpoint has for it; the plan says where it has nothing."""
     if tuple(target.tensor.shape) != target.box.lengths:
         raise UsageError(f"target of shape {tuple(target.tensor.shape)} for {target.box} of tensor {target.fqn!r}")
     dtype = DTYPE_NAMES.get(target.tensor.dtype, str(target.tensor.dtype))
@@ -317,29 +237,3 @@ def _check_target(manifest: Manifest, target: Target, convert_dtype: bool) -> No
         raise StateMismatchError(
             f"tensor {target.fqn!r} is {tensor.dtype} in the checkpoint and {dtype} here: torch can't convert that"
         ) from error
-
-
-def read_bytes(storage: Storage, name: str, offset: int, nbytes: int, digest_text: str) -> bytes:
-    """Read and verify bytes of an object: ``digest_text`` is their xxh3-64 in 16 hex digits.
-
-    Raises CorruptCheckpointError where the object is missing (the cause is an ObjectNotFoundError), too short, or other
-    bytes are in it. Nothing is allocated for bytes that aren't there.
-    """
-    where = f"{storage.url}/{name}"
-    try:
-        size = storage.size(name)
-        if offset + nbytes > size:
-            raise CorruptCheckpointError(
-                f"{where} ends at byte {size}, but {nbytes} bytes at {offset} are wanted. Load another checkpoint."
-            )
-        data = bytearray(nbytes)
-        storage.read_into(name, offset, memoryview(data))
-    except ObjectNotFoundError as error:
-        raise CorruptCheckpointError(f"a file of the checkpoint is missing: {error}") from error
-    found = digests_text([digest(data)])
-    if found != digest_text:
-        raise CorruptCheckpointError(
-            f"{where}: {nbytes} bytes at {offset} are damaged: their digest is {found}, not {digest_text}. "
-            "Load another checkpoint."
-        )
-    return bytes(data)

@@ -18,12 +18,10 @@ from shardckpt.planner import Wanted
 from shardckpt.reader.common import Crowd, is_common
 from shardckpt.reader.exchange import LIMIT, TRIAL_ROUNDS, Exchange, Part
 from shardckpt.reader.gains import Trial, bytes_by_file, exchange_is_faster, most_spared, parts_in, worthwhile
-from shardckpt.reader.place import Target
 from shardckpt.reader.rounds import Rounds, has_group, join_group, runs_of
-from shardckpt.reader.targets import READ_MEMORY, Reading, ReadStats, read_targets
+from shardckpt.reader.targets import Reading
 from shardckpt.reader.wants import Stored, View, Wants, demand_of, wants_of
-from shardckpt.staging import StagingPool
-from shardckpt.storage import BLOCK, Storage
+from shardckpt.storage import BLOCK
 from shardckpt.workers import THREADS
 
 log = logging.getLogger(__name__)
@@ -53,49 +51,32 @@ class _Asking(msgspec.Struct, array_like=True):
     """Of what it wants."""
 
 
-def read_together(
-    manifest: Manifest,
-    storage: Storage,
-    prepare: Callable[[], Sequence[Target]],
-    *,
-    operation: Operation,
-    share: ShareReads,
-    patience: float,
-    pool: StagingPool,
-    convert_dtype: bool,
-    stats: ReadStats,
-) -> None:
-    """Fill the targets that `prepare` makes, on every rank of `operation`; errors are those of `read_targets`.
+def opening(reading: Reading, share: ShareReads) -> bytes:
+    """What this rank says before `read_together`: whether it would read for others, and a sample of what it wants.
 
-    Where several ranks want the same stored bytes, one of them may read these for all: with `share` True always, with
-    False never, and with "auto" where that spares much and a trial shows that it is faster. All ranks do the same: if
-    one says False nobody shares, and only if all say True there is no trial.
+    `share` is True for always, False for never, and "auto" for where that spares much and a trial shows that it is
+    faster. All ranks do the same: if one says False nobody shares, and only if all say True there is no trial.
+    """
+    cache = reading.plan.storage.read_cache
+    return msgspec.msgpack.encode(_Opening(share, cache, reading.plan.sample() if cache else []))
 
-    `patience` is in seconds: how long one rank may wait for another that reads. Call it in a `turn` of all ranks: the
-    last steps are made without another agreement.
+
+def read_together(reading: Reading, heard: Sequence[bytes], operation: Operation, *, patience: float) -> None:
+    """Fill the targets of `reading`, on every rank of `operation`; errors are those of `Reading`.
+
+    Where several ranks want the same stored bytes, one of them may read these for all. `heard` is every rank's
+    `opening`, by rank. `patience` is in seconds: how long one rank may wait for another that reads. Call it in a `turn`
+    of all ranks: the last steps are made without another agreement.
     """
     if operation.world_size == 1:
-        read_targets(manifest, storage, prepare(), pool=pool, convert_dtype=convert_dtype, stats=stats)
+        reading.alone()
         return
-    with turn(operation, "share") as said:
-        reading = Reading(
-            manifest,
-            storage,
-            prepare(),
-            pool=pool,
-            threads=THREADS,
-            read_memory=READ_MEMORY,
-            convert_dtype=convert_dtype,
-            stats=stats,
-        )
-        cache = storage.read_cache
-        said.word = msgspec.msgpack.encode(_Opening(share, cache, reading.sample() if cache else []))
-    openings = [msgspec.msgpack.decode(word, type=_Opening) for word in said.heard]
+    openings = [msgspec.msgpack.decode(word, type=_Opening) for word in heard]
     crowd = _crowd(openings, operation.rank)
     forced = all(opening.share is True for opening in openings)
     plan = None
     if forced or _may_gain(openings):
-        plan = _agree_on_plan(operation, reading, _stored_in(manifest), forced=forced)
+        plan = _agree_on_plan(operation, reading, _stored_in(reading.manifest), forced=forced)
     rounds = None if plan is None else _join(plan, reading, operation, patience)
     with reading.placing():
         if rounds is None:
