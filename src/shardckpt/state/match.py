@@ -6,9 +6,11 @@ it.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardckpt.codecs import DTYPES
@@ -18,6 +20,7 @@ from shardckpt.state.differences import Differences
 from shardckpt.state.fresh import Fresh, Maker, Thunk
 from shardckpt.state.leaves import (
     LocalTensor,
+    address,
     check_data,
     is_distributed,
     is_meta,
@@ -68,7 +71,7 @@ class Match(Maker):
         self.parameters = parameters
         self._convert_dtype = convert_dtype
         self.strict = strict
-        self._filled: dict[Hashable, str] = {}
+        self._filled: defaultdict[int, list[tuple[Tensor, str]]] = defaultdict(list)
         self._stored: Callable[[], dict[str, str]] = dict
 
     def live(self) -> list[LocalTensor]:
@@ -96,7 +99,8 @@ class Match(Maker):
     def root(self, live: Any, node: Json) -> Thunk:
         """As `match`, of a whole state with all that is to be restored into it."""
         self._stored = functools.cache(lambda: tensor_places(node))
-        return self.match(live, node, "")
+        with torch.no_grad():
+            return self.match(live, node, "")
 
     def stored(self, path: str) -> str | None:
         """The tensor of the checkpoint that stands at a place of the state, by which it may be called otherwise."""
@@ -241,11 +245,9 @@ class Match(Maker):
             return
         self.restored.append(name)
         self.meshes.add(name, live)
-        key = memory_key(live)
         if other is None:
             self.targets.append(target)
-            if key is not None:
-                self._filled[key] = target.fqn
+            self._filled[address(live)].append((live, target.fqn))
 
     def _is_one(self, other: str | None, fqn: str, path: str) -> bool:
         """Whether memory that is to be filled from ``other``, if that is known, can be from ``fqn``."""
@@ -258,8 +260,11 @@ class Match(Maker):
 
     def filled_from(self, live: Tensor) -> str | None:
         """The stored tensor that the memory of ``live`` is to be filled from; None where none is known of yet."""
-        key = memory_key(live)
-        return None if key is None else self._filled.get(key)
+        near = self._filled.get(address(live))
+        key = memory_key(live) if near else None
+        if near is None or key is None:
+            return None
+        return next((fqn for other, fqn in near if memory_key(other) == key), None)
 
     def _dict(self, live: dict[Any, Any], node: Json, path: str) -> Thunk:
         saved = self.items(node, path)
