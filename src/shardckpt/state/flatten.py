@@ -3,12 +3,11 @@
 Kinds are asked for here once. Above this floor there are only `LocalTensor`s, JSON and bytes.
 """
 
-import io
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any
 
 import torch
 import xxhash
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from shardckpt.box import Box
 from shardckpt.errors import UnserialisableError, UsageError
 from shardckpt.garbage import held_off
-from shardckpt.state import names, values
-from shardckpt.state.beside import is_sharded, parts
+from shardckpt.state import composites, names, values
+from shardckpt.state.composites import LEFT_OUT, Composite, OptimizerContent
 from shardckpt.state.flattened import Flattened, check_names
 from shardckpt.state.leaves import (
     Kind,
@@ -32,15 +31,13 @@ from shardckpt.state.leaves import (
     of_kind,
     ordinary,
 )
+from shardckpt.state.objects import pickled
 from shardckpt.state.per_rank import PerRank, rank_path
 from shardckpt.state.selection import Selection, matches
 from shardckpt.state.skeleton import MAX_DEPTH, SPARSE_PARTS
 from shardckpt.state.tied import Tied
 
 Json = Any
-
-_LEFT_OUT: Final = object()
-"""In place of a node: nothing of the value is selected."""
 
 
 @held_off()
@@ -74,7 +71,7 @@ def flatten(
         own=own,
     )
     walk.result.skeleton = walk.node(state, "", False)
-    if walk.result.skeleton is _LEFT_OUT:
+    if walk.result.skeleton is LEFT_OUT:
         raise UsageError(f"include={include!r} and exclude={exclude!r} leave nothing of the state to save.")
     walk.result.structure = walk.structure()
     walk.result.outline = "" if is_share else walk.outline()
@@ -124,9 +121,9 @@ class _Flattener:
         return _digest(self._places)
 
     def node(self, value: Any, path: str, split: bool) -> Json:
-        """The skeleton of ``value``, or `_LEFT_OUT`. ``split`` says that its tensors are equal on all ranks."""
+        """The skeleton of ``value``, or `LEFT_OUT`. ``split`` says that its tensors are equal on all ranks."""
         if isinstance(value, Tensor):
-            return self._tensor(value, path, split) if self._takes_all or self._selected(path) else _LEFT_OUT
+            return self._tensor(value, path, split) if self._takes_all or self._selected(path) else LEFT_OUT
         if names.is_module(value):
             return self._module(value, path)
         if names.is_optimizer(value):
@@ -140,15 +137,15 @@ class _Flattener:
         if names.is_stateful(value):
             with self._inside(value, path):
                 return self.node(value.state_dict(), path, split)
-        return self._leaf(value, path, split) if self._selected(path) else _LEFT_OUT
+        return self._leaf(value, path, split) if self._selected(path) else LEFT_OUT
 
     def _per_rank(self, value: PerRank, path: str) -> Json:
         if self._own is None:
             raise UsageError(f"the PerRank at {path!r} lies within another PerRank; take the inner one off.")
         place = names.unique(path, self._own.nodes.__contains__)
         node = self._own.node(value.value, rank_path(place, self._rank), False)
-        if node is _LEFT_OUT:
-            return _LEFT_OUT
+        if node is LEFT_OUT:
+            return LEFT_OUT
         self._own.nodes[place] = node
         self._note("r", place)
         return {"$per_rank": place}
@@ -193,12 +190,13 @@ class _Flattener:
 
     def _dict(self, value: dict[Any, Any], path: str, split: bool) -> Json:
         if _is_state_dict(value):
-            return self._entries(value, {key: key for key in value}, path, lambda _: split)
+            return self._join(composites.of_state_dict(value, path, split))
         pairs = [
-            [self._key(key, path), self.node(item, names.child_path(path, key), split)] for key, item in value.items()
+            [values.encode_key(key, path), self.node(item, names.child_path(path, key), split)]
+            for key, item in value.items()
         ]
-        kept = [pair for pair in pairs if pair[1] is not _LEFT_OUT]
-        return _LEFT_OUT if pairs and not kept else values.encode_pairs(value, kept)
+        kept = [pair for pair in pairs if pair[1] is not LEFT_OUT]
+        return LEFT_OUT if pairs and not kept else values.encode_pairs(value, kept)
 
     def _list(self, value: Sequence[Any], path: str, split: bool) -> Json:
         if self._selected.takes_all and all(type(item) in values.SIMPLE for item in value):
@@ -206,9 +204,9 @@ class _Flattener:
             items = [values.encode_scalar(item) for item in value]
             return {"$tuple": items} if type(value) is tuple else items
         items = [self.node(item, names.child_path(path, index), split) for index, item in enumerate(value)]
-        if items and all(item is _LEFT_OUT for item in items):
-            return _LEFT_OUT
-        items = [None if item is _LEFT_OUT else item for item in items]  # the others keep their places
+        if items and all(item is LEFT_OUT for item in items):
+            return LEFT_OUT
+        items = [None if item is LEFT_OUT else item for item in items]  # the others keep their places
         return {"$tuple": items} if type(value) is tuple else items
 
     def _set(self, value: Any, path: str) -> Json:
@@ -222,19 +220,6 @@ class _Flattener:
             items.append({"$tuple": self._set(item, child)} if type(item) is tuple else self._leaf(item, child, False))
         return items if type(value) is tuple else {f"${type(value).__name__}": items}
 
-    def _key(self, key: Any, path: str) -> Json:
-        if type(key) is str and key.isascii():
-            return key
-        if type(key) is tuple:
-            return {"$tuple": [self._key(item, path) for item in key]}
-        encoded = values.encode_scalar(key)
-        if encoded is values.NOT_PLAIN:
-            raise UnserialisableError(
-                f"the dict at {path or 'the root'!r} has a key of type {type(key).__name__}: {key!r}. Keys are "
-                "plain values."
-            )
-        return encoded
-
     def _tensor(self, value: Tensor, path: str, split: bool) -> Json:
         kind = ordinary(value)
         if kind is None:
@@ -243,7 +228,8 @@ class _Flattener:
                     f"parameter {path!r} is lazy and has no shape yet; run the module once before saving."
                 )
             if layout_name(value) in SPARSE_PARTS and not value.is_quantized and not value.is_nested:
-                return self._sparse(value, path, split)
+                sparse = composites.of_sparse(value, path, split)
+                return sparse.join([self._tensor(*part) for part in sparse.parts])
             if not is_raw_tensor(value):
                 return self._object(value, path)
             if self._own is None and is_distributed(value):
@@ -276,19 +262,6 @@ class _Flattener:
             return names.unique(path, lambda n: n in found.tensors or n in found.aliases or n in found.objects)
         return path
 
-    def _sparse(self, value: Tensor, path: str, split: bool) -> Json:
-        layout = layout_name(value)
-        is_coo = value.layout is torch.sparse_coo
-        # The public accessors of a COO tensor refuse one that is not coalesced.
-        parts = {
-            part: self._tensor(
-                getattr(value.detach(), f"_{part}" if is_coo else part)(), names.child_path(path, part), split
-            )
-            for part in SPARSE_PARTS[layout]
-        }
-        coalesced = is_coo and value.is_coalesced()
-        return {"$sparse": {"layout": layout, "size": list(value.shape), "coalesced": coalesced, "parts": parts}}
-
     def _ndarray(self, value: Any, path: str, split: bool) -> Json:
         if not value.dtype.isnative:
             return self._object(value, path)
@@ -300,107 +273,33 @@ class _Flattener:
             return self._object(value, path)
         return {"$ndarray": self._tensor(tensor, path, split)["$tensor"]}
 
-    def _module(self, value: nn.Module | names.ModuleState, path: str) -> Json:
-        module = names.module_of(value)
-        state_dict = value.state_dict if isinstance(value, names.ModuleState) else module.state_dict()
-        cleaned = names.clean_names(module, list(state_dict))
-        # FSDP1 leaves its prefix out of the state dict, so that only clean names can be compared.
-        parameters = names.clean_parameters(module)
-        self._note("m", path)
-        with self._inside(module, path):
-            node = self._entries(state_dict, cleaned, path, lambda raw: cleaned[raw] in parameters)
-        if node is not _LEFT_OUT:
-            paths = names.clean_paths(module)
-            versions = node["$module"]["versions"]
-            node["$module"]["versions"] = {paths.get(raw, raw): version for raw, version in versions.items()}
-        return node
+    def _join(self, whole: Composite) -> Json:
+        return whole.join([self.node(*part) for part in whole.parts])
 
-    def _entries(
-        self, state_dict: Mapping[str, Any], cleaned: Mapping[str, str], path: str, split: Callable[[str], bool]
-    ) -> Json:
-        """The node of a module's state dict, whose entries go by their ``cleaned`` names."""
-        nodes = {
-            cleaned[raw]: self.node(item, names.child_path(path, cleaned[raw]), split(raw))
-            for raw, item in state_dict.items()
-        }
-        entries = {name: node for name, node in nodes.items() if node is not _LEFT_OUT}
-        if nodes and not entries:
-            return _LEFT_OUT
-        return {"$module": {"entries": entries, "versions": _module_versions(state_dict)}}
+    def _module(self, value: nn.Module | names.ModuleState, path: str) -> Json:
+        whole = composites.of_module(value, path)
+        self._note("m", path)
+        with self._inside(names.module_of(value), path):
+            return self._join(whole)
 
     def _optimizer(self, value: torch.optim.Optimizer | names.OptimizerState, path: str) -> Json:
-        optimizer = names.optimizer_of(value)
-        try:
-            state_dict = value.state_dict if isinstance(value, names.OptimizerState) else optimizer.state_dict()
-        except RuntimeError as error:  # a ZeroRedundancyOptimizer has none before it has been consolidated
-            raise UnserialisableError(
-                f"the {type(optimizer).__name__} at {path or 'the root'!r} gave no state dict: {error}"
-            ) from error
-        named = names.optimizer_parameter_names(value, self._parameters)
-        if not names.is_torch_format(state_dict, named):
-            return self.node(dict(state_dict), path, True)
-        if self._own is not None:
-            live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            self._optimized += [(path, parameter) for parameter in live if id(parameter) not in self._parameters]
-        by_index = {
-            index: (name, parameter)
-            for group, group_names, live in zip(state_dict["param_groups"], named, optimizer.param_groups, strict=True)
-            for index, name, parameter in zip(group["params"], group_names, live["params"], strict=True)
-        }
+        content = OptimizerContent.of(value, path, self._parameters)
+        if not content.is_torch_format:
+            return self.node(dict(content.state_dict), path, True)
+        whole = content.composite(path, self._replicated)
         self._note("o", path)
-        places = len(self._own.nodes) if self._own is not None else 0
-        below = names.child_path(path, "state")
-        state, loose = {}, []
-        for key, item in state_dict["state"].items():
-            name, parameter = by_index.get(key, (None, None))
-            child = names.child_path(below, key if name is None else name)
-            if parameter is not None:
-                item = parts(item, parameter, child, self._replicated)
-            node = self.node(item, child, not is_sharded(parameter))
-            if node is _LEFT_OUT:
-                continue
-            if name is None:
-                loose.append([self._key(key, path), node])
-            else:
-                state[name] = node
-        groups = []
-        below = names.child_path(path, "param_groups")
-        for index, (group, group_names) in enumerate(zip(state_dict["param_groups"], named, strict=True)):
-            options = {key: item for key, item in group.items() if key != "params"}
-            groups.append({"params": group_names, "options": self.node(options, names.child_path(below, index), True)})
-        rest = self.node(
-            {key: item for key, item in state_dict.items() if key not in ("state", "param_groups")}, path, True
-        )
-        if self._own is not None and len(self._own.nodes) > places:
+        if self._own is None:
+            return self._join(whole)
+        nameless = [live for live in content.live_parameters() if id(live) not in self._parameters]
+        self._optimized += [(path, parameter) for parameter in nameless]
+        places = len(self._own.nodes)
+        node = self._join(whole)
+        if len(self._own.nodes) > places:
             raise UsageError(f"the optimizer at {path or 'the root'!r} has a PerRank in its state; keep it elsewhere.")
-        if not state and not loose and groups and all(group["options"] is _LEFT_OUT for group in groups):
-            return _LEFT_OUT
-        for node in groups:
-            node["options"] = {} if node["options"] is _LEFT_OUT else node["options"]
-        body: dict[str, Json] = {"state": state, "param_groups": groups}
-        if loose:
-            body["loose"] = loose
-        if rest is not _LEFT_OUT and rest:
-            body["rest"] = rest
-        return {"$optimizer": body}
+        return node
 
     def _object(self, value: Any, path: str) -> Json:
-        buffer = io.BytesIO()
-        try:
-            torch.save(value, buffer)
-        except Exception as error:  # pickle runs the object's own code, which may raise anything
-            raise UnserialisableError(
-                f"the value at {path or 'the root'!r} is a {type(value).__module__}.{type(value).__qualname__}, which"
-                f" is neither plain nor picklable: {error}. Take it out of the state, or give it"
-                " state_dict/load_state_dict."
-            ) from error
-        data = buffer.getvalue()
-        if PerRank.__module__.encode() in data:  # a pickle names the classes in it
-            raise UnserialisableError(
-                f"the {type(value).__qualname__} at {path or 'the root'!r} is pickled as a whole, with a PerRank in it,"
-                " which would be that of one rank for all. Give it state_dict/load_state_dict, or put a PerRank around"
-                " it."
-            )
+        data = pickled(value, path)
         name = self._unique(path)
         self.result.objects[name] = data
         self._note("p", name)
@@ -430,9 +329,3 @@ def _is_state_dict(value: dict[Any, Any]) -> bool:
         and isinstance(getattr(value, "_metadata", None), dict)
         and all(type(key) is str and values.encode_scalar(key) == key for key in value)
     )
-
-
-def _module_versions(state_dict: Mapping[str, Any]) -> dict[str, int]:
-    """The versions that modules' own loading code asks for (BatchNorm's does), where they are not the usual 1."""
-    versions = {name: entry.get("version") for name, entry in (getattr(state_dict, "_metadata", None) or {}).items()}
-    return {name: version for name, version in versions.items() if type(version) is int and version != 1}

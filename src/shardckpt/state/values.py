@@ -30,7 +30,7 @@ from typing import Any, Final
 
 import torch
 
-from shardckpt.errors import CorruptCheckpointError
+from shardckpt.errors import CorruptCheckpointError, UnserialisableError
 
 Json = Any
 
@@ -229,6 +229,21 @@ def decode_scalar(node: Json, path: str) -> Any:
         raise CorruptCheckpointError(
             f"the value at {path or 'the root'!r} has tag {tag!r} and cannot be read: {error}. The manifest is damaged."
         ) from error
+
+
+def encode_key(key: Any, path: str) -> Json:
+    """The node of a key of the dict at ``path``; raises UnserialisableError for one that is no plain value."""
+    if type(key) is str and key.isascii():
+        return key
+    if type(key) is tuple:
+        return {"$tuple": [encode_key(item, path) for item in key]}
+    encoded = encode_scalar(key)
+    if encoded is NOT_PLAIN:
+        raise UnserialisableError(
+            f"the dict at {path or 'the root'!r} has a key of type {type(key).__name__}: {key!r}. Keys are plain"
+            " values."
+        )
+    return encoded
 
 
 def decode_key(node: Json, path: str) -> Any:
