@@ -281,7 +281,7 @@ def test_nothing_changes_on_failure(saved, fault, monkeypatch):
     where = None
     if fault == "missing":
         shard.unlink()
-        monkeypatch.setattr(shardckpt.state.match, "like", lambda *_: pytest.fail("allocated"))
+        monkeypatch.setattr(shardckpt.state.matching, "like", lambda *_: pytest.fail("allocated"))
     elif fault == "damaged":
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1

@@ -6,95 +6,28 @@ it.
 """
 
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardckpt.codecs import DTYPES
-from shardckpt.manifest import Manifest
 from shardckpt.state import names, values
-from shardckpt.state.differences import Differences
-from shardckpt.state.fresh import Fresh, Maker, Thunk
-from shardckpt.state.leaves import (
-    LocalTensor,
-    address,
-    check_data,
-    is_distributed,
-    is_meta,
-    is_raw_tensor,
-    is_uninitialised,
-    layout_name,
-    local_tensor,
-    memory_key,
-    overlaps_itself,
-)
-from shardckpt.state.materialise import install, like, why_not
-from shardckpt.state.meshes import Meshes
+from shardckpt.state.fresh import Thunk
+from shardckpt.state.matching import Matching
 from shardckpt.state.modules import match_module
 from shardckpt.state.optimizers import match_optimizer
-from shardckpt.state.per_rank import WRAP_IT, Here, Offer, PerRank, holders, match_per_rank
-from shardckpt.state.skeleton import SPARSE_PARTS, contains_tensor, per_rank_place, per_rank_places, tensor_name
+from shardckpt.state.per_rank import DO_NOT_WRAP_IT, WRAP_IT, Offer, PerRank, holders, rank_path
+from shardckpt.state.skeleton import contains_tensor, per_rank_place, per_rank_places
 from shardckpt.state.subtree import tensor_places
 
 Json = Any
 
 
-class Match(Maker):
-    """One live state (or none) held against one manifest.
+class Match(Matching):
+    """The walk over one live state (or none) and one manifest's skeleton."""
 
-    ``targets`` are live tensors to fill, under the names of the checkpoint; ``materialised``, by ``id``, live tensors
-    on the meta device that will get data, and new tensors to be filled in their stead; ``offers`` what somebody must
-    decide of all ranks' values, before the thunks run. ``here`` is None where there is no live state.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        *,
-        parameters: Mapping[int, str],
-        convert_dtype: bool,
-        strict: bool,
-        relocate: Callable[[Tensor, str], Tensor],
-        here: Here | None,
-    ) -> None:
-        super().__init__(manifest, relocate)
-        self.here = here
-        self.offers: list[Offer] = []
-        self._holders: dict[str, PerRank] | None = None
-        self.targets: list[LocalTensor] = []
-        self.materialised: dict[int, tuple[Tensor, Fresh]] = {}
-        self.differences = Differences()
-        self.meshes = Meshes()
-        self.parameters = parameters
-        self._convert_dtype = convert_dtype
-        self.strict = strict
-        self._filled: defaultdict[int, list[tuple[Tensor, str]]] = defaultdict(list)
-        self._stored: Callable[[], dict[str, str]] = dict
-
-    def live(self) -> list[LocalTensor]:
-        """What is wanted for live tensors, known before anything is allocated."""
-        metas = [local_tensor(fresh.fqn, live, split=False) for live, fresh in self.materialised.values()]
-        return [*self.targets, *metas]
-
-    def allocate(self) -> list[LocalTensor]:
-        """Allocate what is new; returns everything to be filled."""
-        filled = list(self.targets)
-        for fresh in self._all_fresh():
-            fresh.tensor = fresh.make()
-            filled.append(local_tensor(fresh.fqn, fresh.tensor, split=False))
-        return filled
-
-    def settle(self) -> None:
-        """Give new tensors their final place, once read."""
-        for fresh in self._all_fresh():
-            fresh.tensor = fresh.finish(fresh.value())
-
-    def _all_fresh(self) -> list[Fresh]:
-        # Optimizer state follows its parameter, which therefore comes first.
-        return [*(fresh for _, fresh in self.materialised.values()), *self.fresh]
+    _holders: dict[str, PerRank] | None = None
+    """While a stateful object's value is made anew: the `PerRank`s that its ``state_dict()`` had, by path."""
 
     def root(self, live: Any, node: Json) -> Thunk:
         """As `match`, of a whole state with all that is to be restored into it."""
@@ -102,14 +35,10 @@ class Match(Maker):
         with torch.no_grad():
             return self.match(live, node, "")
 
-    def stored(self, path: str) -> str | None:
-        """The tensor of the checkpoint that stands at a place of the state, by which it may be called otherwise."""
-        return self._stored().get(path)
-
     def match(self, live: Any, node: Json, path: str) -> Thunk:
         """The thunk that restores ``node`` into ``live``, and the value that then belongs in its place."""
         if isinstance(live, PerRank):
-            return match_per_rank(self, live, node, path)
+            return self._per_rank(live, node, path)
         if isinstance(live, Tensor):
             return self.tensor(live, node, path)
         if per_rank_place(node) is not None and not names.is_stateful(live):
@@ -128,6 +57,31 @@ class Match(Maker):
             return lambda: (live.load_state_dict(value()), live)[1]
         return self.new(node, path)
 
+    def _per_rank(self, live: PerRank, node: Json, path: str) -> Thunk:
+        place = per_rank_place(node)
+        if place is None:
+            self.differences.mismatched.append(
+                f"{path}: a value by rank here, one value for all ranks in the checkpoint ({DO_NOT_WRAP_IT})"
+            )
+            return lambda: live
+        saved, here = self.manifest.per_rank[place], self.here
+        assert here is not None, "there is no live state but in a restore"
+        if here.world_size != self.manifest.world_size:
+            offer = Offer(place, live)
+            self.offers.append(offer)
+            return offer.put
+        child = rank_path(place, here.rank)
+        if here.rank not in saved:
+            self.differences.missing.append(child)
+            return lambda: live
+        value = self.match(live.value, saved[here.rank], child)
+
+        def put() -> PerRank:
+            live.value = value()
+            return live
+
+        return put
+
     def _for_stateful(self, live: Any, node: Json, path: str) -> Thunk:
         """What ``load_state_dict`` of a live object gets: a `PerRank` where its ``state_dict()`` had one."""
         if not self._places(node):
@@ -145,126 +99,10 @@ class Match(Maker):
 
     def per_rank(self, place: str, path: str) -> Thunk:
         if self._holders is not None:
-            return match_per_rank(self, self._holders.get(path, PerRank(None)), {"$per_rank": place}, path)
+            return self._per_rank(self._holders.get(path, PerRank(None)), {"$per_rank": place}, path)
         if self.here is not None:
             self.differences.mismatched.append(_by_rank(path))
         return super().per_rank(place, path)
-
-    def tensor(self, live: Tensor, node: Json, path: str, owner: Tensor | None = None) -> Thunk:
-        """As `match`. ``owner`` is the tensor itself where ``live``, being on the meta device, only describes it."""
-        if not is_raw_tensor(live) or is_uninitialised(live):
-            if layout_name(live) not in SPARSE_PARTS:
-                return self.new(node, path)
-            here = _sparse(layout_name(live), live.shape)
-            there = "no sparse tensor"
-            if values.tag_of(node) == "$sparse":
-                there = _sparse(node["$sparse"]["layout"], node["$sparse"]["size"])
-            if here == there:
-                return self.new(node, path)
-            self.differences.mismatched.append(f"{path}: {here} here, {there} in the checkpoint")
-            return lambda: live
-        name = tensor_name(node)
-        if name is None:
-            found = {
-                "$sparse": "a sparse tensor",
-                "$object": "a pickled object",
-                "$per_rank": f"a value by rank ({WRAP_IT})",
-            }.get(values.tag_of(node) or "", "a plain value")
-            self.differences.mismatched.append(f"{path}: a tensor here, but {found} in the checkpoint")
-        elif is_meta(live):
-            return self._materialise(live, live if owner is None else owner, name, path)
-        elif self.fits(live, name, path):
-            self.fill(live, name, path)
-        return lambda: live
-
-    def _materialise(self, live: Tensor, owner: Tensor, name: str, path: str) -> Thunk:
-        """Have a meta tensor read anew, and ``owner`` become that. Of several stored tensors the first counts."""
-        fqn = self.manifest.aliases.get(name, name)
-        other = self.materialised[id(owner)][1].fqn if id(owner) in self.materialised else None
-        if self.can_materialise(owner, path) and self.fits(live, name, path) and self._is_one(other, fqn, path):
-            entry = self.entry(name)
-            fresh = Fresh(
-                fqn,
-                entry,
-                lambda: like(live, live.dtype),
-                lambda tensor: tensor if is_distributed(live) else self.relocate(tensor, entry.location),
-            )
-            self.restored.append(name)
-            self.meshes.add(name, live)
-            if other is None:
-                self.materialised[id(owner)] = owner, fresh
-        return lambda: self._installed(owner)
-
-    def can_materialise(self, live: Tensor, path: str) -> bool:
-        """Whether a meta tensor can get data; the reason why not goes to the differences."""
-        why = why_not(live)
-        if why is not None:
-            self.differences.mismatched.append(f"{path}: {why}; materialise it first (`module.to_empty(device=...)`)")
-        return why is None
-
-    def make_room(self, live: Tensor) -> None:
-        """Give a meta tensor memory for others to fill."""
-        if live.is_meta:
-            made = like(live, live.dtype)
-            install(live, made if is_distributed(live) else self.relocate(made, "cpu"))
-
-    def _installed(self, live: Tensor) -> Tensor:
-        if id(live) in self.materialised:
-            _, fresh = self.materialised[id(live)]
-            if fresh.tensor is not None:
-                install(live, fresh.tensor)
-                fresh.tensor = None
-        return live
-
-    def fits(self, live: Tensor, name: str, path: str) -> bool:
-        """Whether a live tensor can take a stored one; the reasons why not go to the differences."""
-        entry = self.entry(name)
-        here = str(live.dtype).removeprefix("torch.")
-        why = ""
-        if tuple(live.shape) != tuple(entry.shape):
-            why = f"shape {tuple(live.shape)} here, {tuple(entry.shape)} in the checkpoint"
-        elif entry.dtype.startswith("complex") and not live.is_complex():
-            why = f"dtype {here} here, {entry.dtype} in the checkpoint, half of which would be lost"
-        elif live.dtype is not DTYPES.get(entry.dtype) and not self._convert_dtype:
-            why = f"dtype {here} here, {entry.dtype} in the checkpoint (convert_dtype=True converts)"
-        elif overlaps_itself(live):
-            why = "elements share memory here (an expanded tensor), so they cannot be written; clone it first"
-        if why:
-            self.differences.mismatched.append(f"{path}: {why}")
-        return not why
-
-    def fill(self, live: Tensor, name: str, path: str) -> None:
-        """Have a live tensor read in place. Of several stored tensors for one memory the first counts.
-
-        That they are tied here and were not when they were saved is a difference, as only one of them can be kept.
-        """
-        target = local_tensor(self.manifest.aliases.get(name, name), live, split=False)
-        check_data(name, live, target.views)
-        other = self.filled_from(live)
-        if not self._is_one(other, target.fqn, path):
-            return
-        self.restored.append(name)
-        self.meshes.add(name, live)
-        if other is None:
-            self.targets.append(target)
-            self._filled[address(live)].append((live, target.fqn))
-
-    def _is_one(self, other: str | None, fqn: str, path: str) -> bool:
-        """Whether memory that is to be filled from ``other``, if that is known, can be from ``fqn``."""
-        if other in (None, fqn):
-            return True
-        self.differences.mismatched.append(
-            f"{path}: one memory with {other!r} here, another tensor in the checkpoint; only {other!r} is kept"
-        )
-        return False
-
-    def filled_from(self, live: Tensor) -> str | None:
-        """The stored tensor that the memory of ``live`` is to be filled from; None where none is known of yet."""
-        near = self._filled.get(address(live))
-        key = memory_key(live) if near else None
-        if near is None or key is None:
-            return None
-        return next((fqn for other, fqn in near if memory_key(other) == key), None)
 
     def _dict(self, live: dict[Any, Any], node: Json, path: str) -> Thunk:
         saved = self.items(node, path)
@@ -364,7 +202,3 @@ def holds_live(value: Any) -> bool:
         elif names.is_stateful(item):
             return True
     return False
-
-
-def _sparse(layout: str, shape: Sequence[int]) -> str:
-    return f"{layout} of shape {tuple(shape)}"

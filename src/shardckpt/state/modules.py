@@ -4,24 +4,22 @@
 import collections
 import functools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from shardckpt.state import names, values
+from shardckpt.state.fresh import Thunk
 from shardckpt.state.leaves import is_distributed, is_meta, is_raw_tensor, is_uninitialised, storage_key
+from shardckpt.state.matching import Matching
 from shardckpt.state.per_rank import PerRank
 from shardckpt.state.rehearsal import rehearse
 from shardckpt.state.skeleton import tensor_name
 
-if TYPE_CHECKING:
-    from shardckpt.state.fresh import Thunk
-    from shardckpt.state.match import Match
-
 Json = Any
 
 
-def match_module(match: "Match", live: nn.Module | names.ModuleState, node: Json, path: str) -> "Thunk":
+def match_module(match: Matching, live: nn.Module | names.ModuleState, node: Json, path: str) -> Thunk:
     """Match a module with what was saved of it, through its own ``state_dict()``/``load_state_dict`` semantics.
 
     Where the state dict shows the module's own memory and nothing in the module customises loading, tensors are read

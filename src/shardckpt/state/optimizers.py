@@ -3,7 +3,7 @@
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,21 +12,19 @@ from torch.distributed.tensor import DTensor
 from shardckpt.manifest import TensorEntry
 from shardckpt.state import names, values
 from shardckpt.state.beside import as_part, like_parameter
+from shardckpt.state.fresh import Thunk
 from shardckpt.state.leaves import is_distributed, is_meta
+from shardckpt.state.matching import Matching
 from shardckpt.state.materialise import host_of, like
 from shardckpt.state.param_groups import conflicts, holders_of, unlike
 from shardckpt.state.skeleton import optimizer_node, tensor_name
 from shardckpt.state.subtree import rename_parameters
 
-if TYPE_CHECKING:
-    from shardckpt.state.fresh import Thunk
-    from shardckpt.state.match import Match
-
 Json = Any
 Optimizer = torch.optim.Optimizer
 
 
-def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node: Json, path: str) -> "Thunk":
+def match_optimizer(match: Matching, live: Optimizer | names.OptimizerState, node: Json, path: str) -> Thunk:
     """Match an optimizer with what was saved of one.
 
     State that the optimizer has already is read in place. State that it lacks is allocated, shaped and sharded like its
@@ -112,7 +110,7 @@ def match_optimizer(match: "Match", live: Optimizer | names.OptimizerState, node
     return place
 
 
-def _named(match: "Match", node: Json, live_names: list[list[str]], path: str) -> dict[str, Json] | None:
+def _named(match: Matching, node: Json, live_names: list[list[str]], path: str) -> dict[str, Json] | None:
     """The body of an optimizer node from a state dict that was saved as a plain dict: by order, as torch loads it."""
     items = match.items(node, path)
     if items is None or not {"state", "param_groups"} <= items.keys() or not isinstance(items["param_groups"], list):
@@ -163,7 +161,7 @@ def _by_place(body: dict[str, Json], live_names: list[list[str]]) -> dict[str, J
 
 
 def _sources(
-    match: "Match", parameters: Mapping[str, Tensor], saved_names: Mapping[str, None], saved_as: Mapping[str, str]
+    match: Matching, parameters: Mapping[str, Tensor], saved_names: Mapping[str, None], saved_as: Mapping[str, str]
 ) -> dict[str, str]:
     """The saved parameter whose state each live one takes: that of its name, or the one that it was tied to."""
     aliases = match.manifest.aliases
@@ -182,7 +180,7 @@ def _sources(
     return {name: other for name, other in found.items() if other is not None}
 
 
-def _misfit(match: "Match", parameter: Tensor, source: str, node: Json) -> str:
+def _misfit(match: Matching, parameter: Tensor, source: str, node: Json) -> str:
     """Why saved state is not for a parameter that has changed its shape since; such state would fail at a step."""
     saved = match.manifest.resolve(source)
     items = match.items(node, source) if node is not None else None
@@ -195,8 +193,8 @@ def _misfit(match: "Match", parameter: Tensor, source: str, node: Json) -> str:
 
 
 def _match_state(
-    match: "Match", live: Mapping[str, Any], beside: "Beside", node: Json, path: str, step_on_device: bool
-) -> "dict[Any, Thunk]":
+    match: Matching, live: Mapping[str, Any], beside: "Beside", node: Json, path: str, step_on_device: bool
+) -> dict[Any, Thunk]:
     thunks: dict[Any, Thunk] = {}
     for key, item in (match.items(node, path) or {}).items():
         child = names.child_path(path, key)
@@ -216,11 +214,11 @@ def _match_state(
     return thunks
 
 
-def _filled(fill: "Thunk", live: Any) -> "Thunk":
+def _filled(fill: Thunk, live: Any) -> Thunk:
     return lambda: (fill(), live)[1]
 
 
-def _same_kind(match: "Match", live: Tensor, name: str) -> bool:
+def _same_kind(match: Matching, live: Tensor, name: str) -> bool:
     """Whether live optimizer state can take the stored tensor; if not, it is replaced, as torch's own loading does."""
     entry = match.entry(name)
     return tuple(live.shape) == tuple(entry.shape) and str(live.dtype) == f"torch.{entry.dtype}"
@@ -234,7 +232,7 @@ class Beside:
     where the load puts it, if it does, and so will its state.
     """
 
-    match: "Match"
+    match: Matching
     parameter: Tensor
     twin: str | None
     """The parameter's name where the state is that of another one, to which it was tied; each has its own from now."""

@@ -7,15 +7,11 @@ caller: nobody is given another rank's value without having asked for it.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from shardckpt.errors import LoadFailedError, UsageError
 from shardckpt.state import names
-from shardckpt.state.skeleton import MAX_DEPTH, per_rank_place
-
-if TYPE_CHECKING:
-    from shardckpt.state.fresh import Thunk
-    from shardckpt.state.match import Match
+from shardckpt.state.skeleton import MAX_DEPTH
 
 Json = Any
 
@@ -69,33 +65,6 @@ class Offer:
         if self.live is not None and self.live.resize is not None:
             self.live.value = self.value
         return self.live
-
-
-def match_per_rank(match: "Match", live: PerRank, node: Json, path: str) -> "Thunk":
-    """Match a live `PerRank` with what was saved of one."""
-    place = per_rank_place(node)
-    if place is None:
-        match.differences.mismatched.append(
-            f"{path}: a value by rank here, one value for all ranks in the checkpoint ({DO_NOT_WRAP_IT})"
-        )
-        return lambda: live
-    saved, here = match.manifest.per_rank[place], match.here
-    assert here is not None, "there is no live state but in a restore"
-    if here.world_size != match.manifest.world_size:
-        offer = Offer(place, live)
-        match.offers.append(offer)
-        return offer.put
-    child = rank_path(place, here.rank)
-    if here.rank not in saved:
-        match.differences.missing.append(child)
-        return lambda: live
-    value = match.match(live.value, saved[here.rank], child)
-
-    def put() -> PerRank:
-        live.value = value()
-        return live
-
-    return put
 
 
 def rank_path(place: str, rank: int) -> str:
