@@ -3,28 +3,23 @@
 Save: flatten → plan → stage → write → commit. Load: manifest → plan → read → place.
 """
 
-import logging
-import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
-
-import msgspec
 
 from shardckpt import commit, coordinator, loading, options, saving
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, turn
-from shardckpt.errors import RankTimeoutError, ShardckptError
+from shardckpt.errors import RankTimeoutError
 from shardckpt.loading import OpenCheckpoint
 from shardckpt.options import Compression, Path, SaveOptions, ShareReads
 from shardckpt.relocation import MapLocation
 from shardckpt.reports import SaveReport
-from shardckpt.saving import AliasJob, Job, Opening, Structure
+from shardckpt.saving import Request, Series
 from shardckpt.staging import StagingPool
-from shardckpt.state import Flattened, KeyMap, Prefix, Stepped, flatten
-from shardckpt.storage import open_storage
-
-log = logging.getLogger(__name__)
+from shardckpt.state import KeyMap, Prefix
+from shardckpt.storage import Storage, open_storage
 
 SYNC_MEMORY: Final = 128 << 20
 """Bytes of staging memory that a synchronous save uses: it need not hold the whole shard."""
@@ -83,12 +78,7 @@ class Checkpointer:
         self._alone = alone
         self._pool = StagingPool()
         self._background = Background()
-        self._last: Job | None = None
-        self._jobs: list[Job] = []
-        self._to_remove: list[str] = []
-        self._version: Hashable | None = None
-        self._own_structure = ""
-        self._structure: Structure | None = None
+        self._series = Series(self._background, commit_timeout=self._commit_timeout)
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -103,7 +93,8 @@ class Checkpointer:
     ) -> SaveReport:
         """Save ``state`` to ``path`` and return once it is committed; otherwise as `async_save`."""
         chosen = replace(save_options or self._save_options, overlap=None)  # it waits for more than the copy
-        pending = self._start(state, path, storage_options, state_version, chosen, memory=SYNC_MEMORY)
+        opener = partial(self._open_storage, storage_options)
+        pending = self._start(Request(state, path, opener, state_version, chosen, SYNC_MEMORY))
         report = pending.result()
         return replace(report, stall_seconds=report.total_seconds)
 
@@ -130,107 +121,12 @@ class Checkpointer:
         this one, if it failed and nobody has been told.
         """
         chosen = save_options or self._save_options
-        return self._start(state, path, storage_options, state_version, chosen, memory=self._staging_limit)
+        opener = partial(self._open_storage, storage_options)
+        return self._start(Request(state, path, opener, state_version, chosen, self._staging_limit))
 
-    def _start(
-        self,
-        state: Any,
-        path: Path,
-        storage_options: Mapping[str, Any] | None,
-        state_version: Hashable | None,
-        chosen: SaveOptions,
-        *,
-        memory: int | None,
-    ) -> PendingSave:
-        called = time.monotonic()
-        operation = self._begin(f"save({options.path_text(path)!r})")
-        with turn(operation, "open") as opening:
-            place = commit.checkpoint_path(path)
-            storage = open_storage(place, self._options(storage_options))
-            may_alias = state_version is not None and state_version == self._version and self._can_share(storage.url)
-            if not may_alias:
-                self._drain()
-            flat = _flatten(state, chosen, operation.rank)
-            stepped = Stepped(state) if chosen.overlap == "step" else None
-            own = flat.own.structure if flat.own is not None else ""
-            if may_alias and own != self._own_structure:
-                may_alias = False
-                self._drain()
-            known = self._structure.key if self._structure is not None else ""
-            own_nbytes = sum(source.nbytes for source in saving.own_sources(flat))
-            opening.word = msgspec.msgpack.encode(
-                Opening(flat.structure, flat.outline, known, may_alias, flat.places, own_nbytes)
-            )
-        openings = [msgspec.msgpack.decode(word, type=Opening) for word in opening.heard]
-        source = self._last if saving.may_share(openings, self._structure) else None
-        key = saving.structure_key(openings)
-        is_known = self._structure is not None and all(opening.known == key for opening in openings)
-        descriptions = None if is_known else saving.exchange(operation, flat)
-        if any(opening.may_alias for opening in openings) and source is None:
-            # Some ranks could have shared the last save's shards, but not all.
-            with turn(operation, "drain"):
-                self._drain()
-        previous = None
-        with turn(operation, "place") as placing:
-            if descriptions is not None:
-                self._structure = None
-                self._structure = saving.plan(descriptions, openings, operation.rank)
-            structure = self._structure
-            assert structure is not None, "it is known, or has just been planned"
-            if operation.rank == 0:
-                save_id = commit.new_save_id()
-                # What compression makes of it is known when it is done.
-                nbytes = structure.nbytes + sum(opening.own_nbytes for opening in openings)
-                needed = nbytes if source is None and chosen.codec is None else 0
-                previous = commit.open_place(storage, save_id, needed, shares=source.shards_of if source else None)
-                placing.word = save_id.encode()
-                placing.undo = lambda: commit.abandon(storage, save_id, [0])
-        pending = PendingSave(place, placing.heard[0].decode())
-        order = saving.Order(
-            pending=pending,
-            operation=operation,
-            storage=storage,
-            structure=structure,
-            speaks=saving.speaks(openings, operation.rank),
-            skeleton=flat.skeleton,
-            objects=flat.objects,
-            own=saving.describe(flat, operation.world_size),
-            previous=previous,
-            commit_timeout=self._commit_timeout,
-            called=called,
-            owner=self._background,
-        )
-        if source is None:
-            self._last = saving.write(
-                order, flat, chosen.codec, pool=self._pool, memory=memory, stepped=stepped, submit=self._submit
-            )
-        else:
-            pending.share_staging(source.order.pending)
-            self._last = AliasJob(order, source)
-            self._submit(self._last)
-        self._version, self._own_structure = state_version, own
-        pending.add_stall(time.monotonic() - called)
-        return pending
-
-    def _can_share(self, url: str) -> bool:
-        """Whether the shards of the last save are there, or still to come, and nothing that is queued changes ``url``.
-
-        What a save replaces has to be there, or gone, before it begins.
-        """
-        changing = [job.order.storage.url for job in self._jobs if not job.order.pending.done()]
-        if self._last is None or url in changing or url in self._to_remove:
-            return False
-        pending = self._last.order.pending
-        return not pending.done() or (pending.succeeded() and self._last.is_there())
-
-    def _submit(self, job: Job) -> None:
-        self._jobs.append(job)
-        try:
-            self._background.submit(job.run)
-        except RuntimeError as error:
-            # No thread can be started. The others are under way, so this rank has to join them and say so.
-            job.cancel(error)
-            job.run()
+    def _start(self, request: Request) -> PendingSave:
+        operation = self._begin(f"save({options.path_text(request.path)!r})")
+        return self._series.begin(request, operation, self._pool)
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
@@ -323,46 +219,28 @@ class Checkpointer:
         checkpoint is not removed before the one that replaces it is committed. A symbolic link is unlinked.
         """
         self._background.check_fork()
-        storage = open_storage(commit.checkpoint_path(path), self._options(storage_options))
-        if self._last is not None and self._last.order.storage.url == storage.url:
-            self._version = None  # nothing will be left to share
-        waiting_for = [job.order.pending for job in self._jobs if not job.order.pending.told]
-        if not self._background.busy and all(pending.succeeded() for pending in waiting_for):
-            commit.remove(storage)
-            return
-
-        def job() -> None:
-            if not all(pending.succeeded() for pending in waiting_for):
-                log.warning("%s was to be removed, but is kept: the save that was to replace it failed", storage.url)
-                return
-            try:
-                commit.remove(storage)
-            except ShardckptError as error:
-                log.warning("could not remove %s: %s", storage.url, error)
-
-        self._to_remove.append(storage.url)
-        self._background.submit(job)
+        self._series.remove(self._open_storage(storage_options, commit.checkpoint_path(path)))
 
     def prepare(self, state: Any) -> None:
         """Allocate and touch, in the background, the memory that saving ``state`` will need."""
         self._background.check_fork()
         rank, world_size = (0, 1) if self._alone else coordinator.rank_and_world_size()
-        nbytes = saving.bytes_to_stage(_flatten(state, self._save_options, rank), world_size)
+        nbytes = saving.bytes_to_stage(saving.flatten_selected(state, self._save_options, rank), world_size)
         self._pool.warm(nbytes if self._staging_limit is None else min(nbytes, self._staging_limit))
 
     def wait(self) -> None:
         """Until nothing is in flight. Raises the SaveFailedError that nobody has been told of yet."""
-        self._drain()
+        self._series.queue.drain()
 
     def close(self) -> None:
         """Wait as `wait` does, then give the memory back. The Checkpointer stays usable and allocates anew."""
         self._background.check_fork()
         try:
-            self._drain()
+            self._series.queue.drain()
         finally:
             self._pool.close()
             self._pool = StagingPool()
-            self._last, self._version = None, None
+            self._series.forget()
 
     def _begin_load(self, call: str) -> Operation:
         saving.wait_for_copies()  # another Checkpointer's too: what is read may go into what it copies
@@ -372,19 +250,8 @@ class Checkpointer:
         self._background.check_fork()
         return coordinator.begin_alone() if self._alone else coordinator.begin(call, timeout=self._timeout)
 
+    def _open_storage(self, storage_options: Mapping[str, Any] | None, place: str) -> Storage:
+        return open_storage(place, self._options(storage_options))
+
     def _options(self, storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
         return self._storage_options | options.mapping("storage_options", storage_options)
-
-    def _drain(self) -> None:
-        self._background.wait()
-        # A save that has failed may still be copying.
-        saving.wait_for_copies([job.order.pending for job in self._jobs])
-        failures = [error for job in self._jobs if (error := job.order.pending.unreported_error()) is not None]
-        self._jobs.clear()
-        self._to_remove.clear()
-        if failures:
-            raise failures[0]
-
-
-def _flatten(state: Any, chosen: SaveOptions, rank: int) -> Flattened:
-    return flatten(state, replicated=chosen.replicated, include=chosen.include, exclude=chosen.exclude, rank=rank)

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import shardckpt
-from shardckpt import Checkpointer, PerRank, checkpointer, saving
+from shardckpt import Checkpointer, PerRank
+from shardckpt.saving import series
 
 
 class Loader:
@@ -228,15 +229,15 @@ def documented(rank: int, path: str, text: str) -> Any:
 def repeated(rank: int, root: str) -> Any:
     """Saves whose values by rank change, in shape even: how often the ranks described their tensors to each other."""
     described: list[int] = []
-    exchange = saving.exchange
-    checkpointer.saving.exchange = lambda *args: (described.append(1), exchange(*args))[1]
+    exchange = series.exchange
+    series.exchange = lambda *args: (described.append(1), exchange(*args))[1]
     engine = Checkpointer(timeout=60)
     try:
         for size in (1, 1, 2, 3):
             state = {"w": torch.ones(4), "own": PerRank({"t": torch.full((size + rank,), size), "n": size})}
             engine.save(state, f"{root}/{size}")
     finally:
-        checkpointer.saving.exchange = exchange
+        series.exchange = exchange
         engine.close()
     dist.barrier()
     words = [json.loads(file.read_bytes()) for file in sorted(Path(root, "3").glob("rank-*.json"))]

@@ -1,36 +1,7 @@
-"""One save, from a flattened state to the commit: what is said between ranks, and what the background does."""
+"""One save after the other, from the call to the commit: what is said between ranks, and what the background does."""
 
-from shardckpt.saving.halves import write
-from shardckpt.saving.jobs import AliasJob, Job, Order, SaveJob
 from shardckpt.saving.overlap import wait_for_copies
-from shardckpt.saving.own import Own, describe, own_sources
-from shardckpt.saving.structure import (
-    Opening,
-    Structure,
-    bytes_to_stage,
-    exchange,
-    may_share,
-    plan,
-    speaks,
-    structure_key,
-)
+from shardckpt.saving.series import Request, Series, flatten_selected
+from shardckpt.saving.structure import bytes_to_stage
 
-__all__ = [
-    "AliasJob",
-    "Job",
-    "Opening",
-    "Order",
-    "Own",
-    "SaveJob",
-    "Structure",
-    "bytes_to_stage",
-    "describe",
-    "exchange",
-    "may_share",
-    "own_sources",
-    "plan",
-    "speaks",
-    "structure_key",
-    "wait_for_copies",
-    "write",
-]
+__all__ = ["Request", "Series", "bytes_to_stage", "flatten_selected", "wait_for_copies"]

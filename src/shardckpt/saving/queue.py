@@ -1,0 +1,65 @@
+"""The saves and removals of one Checkpointer, in the order of its calls, in the background."""
+
+import logging
+
+from shardckpt import commit
+from shardckpt.background import Background
+from shardckpt.errors import ShardckptError
+from shardckpt.saving.jobs import Job
+from shardckpt.saving.overlap import wait_for_copies
+from shardckpt.storage import Storage
+
+log = logging.getLogger(__name__)
+
+
+class Queue:
+    """What is under way, and what has ended since the last `drain` that somebody may have to be told of."""
+
+    def __init__(self, background: Background) -> None:
+        self._background = background
+        self._jobs: list[Job] = []
+        self._to_remove: list[str] = []
+
+    def submit(self, job: Job) -> None:
+        self._jobs.append(job)
+        try:
+            self._background.submit(job.run)
+        except RuntimeError as error:
+            # No thread can be started. The others are under way, so this rank has to join them and say so.
+            job.cancel(error)
+            job.run()
+
+    def remove(self, storage: Storage) -> None:
+        """Remove a checkpoint once the saves in flight are committed; if one fails, it is kept."""
+        waiting_for = [job.order.pending for job in self._jobs if not job.order.pending.told]
+        if not self._background.busy and all(pending.succeeded() for pending in waiting_for):
+            commit.remove(storage)
+            return
+
+        def job() -> None:
+            if not all(pending.succeeded() for pending in waiting_for):
+                log.warning("%s was to be removed, but is kept: the save that was to replace it failed", storage.url)
+                return
+            try:
+                commit.remove(storage)
+            except ShardckptError as error:
+                log.warning("could not remove %s: %s", storage.url, error)
+
+        self._to_remove.append(storage.url)
+        self._background.submit(job)
+
+    def may_change(self, url: str) -> bool:
+        """Whether a save to ``url`` is under way, or a removal of what is there has been asked for."""
+        saving = (job.order.storage.url for job in self._jobs if not job.order.pending.done())
+        return url in saving or url in self._to_remove
+
+    def drain(self) -> None:
+        """Until nothing is under way. Raises the SaveFailedError that nobody has been told of yet."""
+        self._background.wait()
+        # A save that has failed may still be copying.
+        wait_for_copies([job.order.pending for job in self._jobs])
+        failures = [error for job in self._jobs if (error := job.order.pending.unreported_error()) is not None]
+        self._jobs.clear()
+        self._to_remove.clear()
+        if failures:
+            raise failures[0]

@@ -1,0 +1,199 @@
+"""The saves of one Checkpointer, each of which may use what the one before it left: its plan, and its shards.
+
+In the foreground of a save the ranks speak three times at most: of what each holds, in short; of the same at length,
+where their plan is not known to be good; and of the place. The rest is `write`'s.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+from shardckpt import commit
+from shardckpt.background import Background, PendingSave
+from shardckpt.coordinator import Operation, turn
+from shardckpt.options import Path, SaveOptions
+from shardckpt.saving.halves import write
+from shardckpt.saving.jobs import AliasJob, Job, Order
+from shardckpt.saving.own import describe, own_sources
+from shardckpt.saving.queue import Queue
+from shardckpt.saving.structure import (
+    Descriptions,
+    Opening,
+    Structure,
+    exchange,
+    may_share,
+    plan,
+    speaks,
+    structure_key,
+)
+from shardckpt.staging import StagingPool
+from shardckpt.state import Flattened, Stepped, flatten
+from shardckpt.storage import Storage
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `save` or `async_save`."""
+
+    state: Any
+    path: Path
+    open_storage: Callable[[str], Storage]
+    """Opens the place at a checkpoint's path; may raise."""
+    version: Hashable | None
+    options: SaveOptions
+    memory: int | None
+    """Bytes of staging memory that it may hold; None for no limit."""
+    called: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Last:
+    """The save before."""
+
+    job: Job
+    version: Hashable | None
+    own_structure: str
+    """`Flattened.structure` of what differs by rank."""
+
+    def has_shards(self) -> bool:
+        """Whether its shards are there, or still to come."""
+        pending = self.job.order.pending
+        return not pending.done() or (pending.succeeded() and self.job.is_there())
+
+
+class _Opened(NamedTuple):
+    """What a rank knows of its save once all ranks have opened theirs."""
+
+    path: str
+    storage: Storage
+    flat: Flattened
+    stepped: Stepped | None
+    openings: list[Opening]
+    """By rank."""
+
+
+class Series:
+    """Begins saves, one after the other; ``queue`` has those that are under way.
+
+    ``commit_timeout`` is in seconds: how long the background waits for the other ranks to finish writing.
+    """
+
+    def __init__(self, background: Background, *, commit_timeout: float) -> None:
+        self.queue = Queue(background)
+        self._background = background
+        self._commit_timeout = commit_timeout
+        self._last: Last | None = None
+        self._structure: Structure | None = None
+
+    def forget(self) -> None:
+        """Let the next save share nothing of those before it."""
+        self._last = None
+
+    def remove(self, storage: Storage) -> None:
+        """Remove a checkpoint, after the saves that are under way."""
+        if self._last is not None and self._last.job.order.storage.url == storage.url:
+            self._last = None  # nothing will be left to share
+        self.queue.remove(storage)
+
+    def begin(self, request: Request, operation: Operation, pool: StagingPool) -> PendingSave:
+        """Begin a save, on every rank alike; returns once the state may change."""
+        rank = operation.rank
+        path, storage, flat, stepped, openings = self._open(request, operation)
+        source = self._last.job if self._last is not None and may_share(openings, self._structure) else None
+        descriptions = None if self._is_known(openings) else exchange(operation, flat)
+        if any(opening.may_alias for opening in openings) and source is None:
+            # Some ranks could have shared the last save's shards, but not all.
+            with turn(operation, "drain"):
+                self.queue.drain()
+        previous = None
+        with turn(operation, "place") as placing:
+            structure = self._plan(descriptions, openings, rank)
+            if rank == 0:
+                save_id = commit.new_save_id()
+                # What compression makes of it is known when it is done.
+                nbytes = structure.nbytes + sum(opening.own_nbytes for opening in openings)
+                needed = nbytes if source is None and request.options.codec is None else 0
+                previous = commit.open_place(storage, save_id, needed, shares=source.shards_of if source else None)
+                placing.word = save_id.encode()
+                placing.undo = lambda: commit.abandon(storage, save_id, [0])
+        pending = PendingSave(path, placing.heard[0].decode())
+        order = Order(
+            pending=pending,
+            operation=operation,
+            storage=storage,
+            structure=structure,
+            speaks=speaks(openings, rank),
+            skeleton=flat.skeleton,
+            objects=flat.objects,
+            own=describe(flat, operation.world_size),
+            previous=previous,
+            commit_timeout=self._commit_timeout,
+            called=request.called,
+            owner=self._background,
+        )
+        if source is None:
+            codec, memory = request.options.codec, request.memory
+            job: Job = write(order, flat, codec, pool=pool, memory=memory, stepped=stepped, submit=self.queue.submit)
+        else:
+            pending.share_staging(source.order.pending)
+            job = AliasJob(order, source)
+            self.queue.submit(job)
+        self._last = Last(job, request.version, _own_structure(flat))
+        pending.add_stall(time.monotonic() - request.called)
+        return pending
+
+    def _open(self, request: Request, operation: Operation) -> _Opened:
+        """Flatten the state, once the saves before are over, unless this one may share the shards of the last."""
+        with turn(operation, "open") as opening:
+            path = commit.checkpoint_path(request.path)
+            storage = request.open_storage(path)
+            may_alias = self._may_alias(request.version, storage.url)
+            if not may_alias:
+                self.queue.drain()
+            flat = flatten_selected(request.state, request.options, operation.rank)
+            stepped = Stepped(request.state) if request.options.overlap == "step" else None
+            if may_alias and self._last is not None and self._last.own_structure != _own_structure(flat):
+                may_alias = False
+                self.queue.drain()
+            known = self._structure.key if self._structure is not None else ""
+            own_nbytes = sum(source.nbytes for source in own_sources(flat))
+            opening.word = msgspec.msgpack.encode(
+                Opening(flat.structure, flat.outline, known, may_alias, flat.places, own_nbytes)
+            )
+        openings = [msgspec.msgpack.decode(word, type=Opening) for word in opening.heard]
+        return _Opened(path, storage, flat, stepped, openings)
+
+    def _may_alias(self, version: Hashable | None, url: str) -> bool:
+        """Whether a save may share the shards of the last: they are the same, and there, and nothing changes ``url``.
+
+        What a save replaces has to be there, or gone, before it begins.
+        """
+        last = self._last
+        if last is None or version is None or version != last.version:
+            return False
+        return not self.queue.may_change(url) and last.has_shards()
+
+    def _is_known(self, openings: Sequence[Opening]) -> bool:
+        """Whether every rank has the plan in store that this save needs."""
+        key = structure_key(openings)
+        return self._structure is not None and all(opening.known == key for opening in openings)
+
+    def _plan(self, descriptions: Descriptions | None, openings: Sequence[Opening], rank: int) -> Structure:
+        """The plan that follows from what all ranks hold; without descriptions, the one that is known."""
+        if descriptions is not None:
+            self._structure = None  # that of another rank may be gone, if this raises
+            self._structure = plan(descriptions, openings, rank)
+        assert self._structure is not None, "it is known, or has just been planned"
+        return self._structure
+
+
+def flatten_selected(state: Any, chosen: SaveOptions, rank: int) -> Flattened:
+    """Flatten what the options of a save take of a state."""
+    return flatten(state, replicated=chosen.replicated, include=chosen.include, exclude=chosen.exclude, rank=rank)
+
+
+def _own_structure(flat: Flattened) -> str:
+    return flat.own.structure if flat.own is not None else ""
