@@ -298,7 +298,7 @@ def options_of_a_call() -> Any:
     trainer.fit(Toy(), data())
     path = FOLDER / "options" / "a.ckpt"
     trainer.save_checkpoint(path, storage_options={"auto_mkdir": True})
-    return trainer.strategy.checkpoint_io.options_for(str(path))
+    return trainer.strategy.checkpoint_io.places.options_for(str(path))
 
 
 def failing_wait() -> Any:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from shardckpt.lightning import fabric, flavours, from_checkpoint, model_checkpoint, strategies
-from shardckpt.lightning.plugin import ShardedCheckpointIO, living
+from shardckpt.lightning.living import living
+from shardckpt.lightning.plugin import ShardedCheckpointIO
 from shardckpt.saving import wait_for_copies
 
 log = logging.getLogger(__name__)

@@ -146,14 +146,16 @@ def sharded(base: Any) -> Any:
             plugin = self.checkpoint_io
 
             def decide() -> tuple[str, bool]:
-                text, _, is_ordinary = plugin.found(path)
+                text, _, is_ordinary = plugin.places.find(path)
                 return text, is_ordinary
 
             text, is_ordinary = agreement.from_rank_zero(
                 "Fabric.load", decide, tuple[str, bool], timeout=plugin.timeout, before=plugin.wait
             )
             if not is_ordinary:
-                opened = plugin.checkpointer.open(text, storage_options=plugin.options_for(text), collective=True)
+                opened = plugin.checkpointer.open(
+                    text, storage_options=plugin.places.options_for(text), collective=True
+                )
                 return fabric_state.load(self, opened, state, strict, weights_only)
             if isinstance(state, dict) and state and fabric_state.knows_its_parts(text, state):
                 return fabric_state.load_ordinary(self, text, state, strict, weights_only)

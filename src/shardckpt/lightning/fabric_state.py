@@ -32,7 +32,7 @@ def save(strategy: Any, path: Any, state: dict[str, Any], storage_options: Any |
         plugin.checkpointer.save(chosen, text, storage_options=storage_options)
     finally:
         plugin.displaced.settle(None)
-    plugin.wrote(text, storage_options)
+    plugin.places.wrote(text, storage_options)
 
 
 def _to_save(strategy: Any, state: dict[str, Any], filters: Filters) -> dict[str, Any]:

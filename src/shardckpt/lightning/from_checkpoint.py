@@ -14,6 +14,7 @@ from shardckpt.checkpointer import Checkpointer
 from shardckpt.commit import checkpoint_path
 from shardckpt.errors import ShardckptError
 from shardckpt.lightning import flavours, ordinary, restore
+from shardckpt.lightning.living import living
 
 
 def install() -> None:
@@ -36,8 +37,6 @@ def _dispatching(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _settle() -> None:
     """Wait for what Trainers of this process are still writing: a hook may ask for what was saved a moment ago."""
-    from shardckpt.lightning.plugin import living  # which imports this module, to have it installed
-
     for plugin in list(living):
         plugin.settle()
 

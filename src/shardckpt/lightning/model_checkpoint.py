@@ -22,6 +22,7 @@ from shardckpt.commit import checkpoint_path, is_checkpoint, latest
 from shardckpt.errors import ShardckptError
 from shardckpt.filenames import MANIFEST
 from shardckpt.lightning import flavours, ordinary
+from shardckpt.lightning.living import living
 from shardckpt.storage import join, local_path, open_storage, split
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _requeued(stock: Callable[..., str | None]) -> Callable[..., str | None]:
     def _hpc_resume_path(self: Any) -> str | None:
         found = stock(self)
         plugin = _plugin_of(self.trainer)
-        return found if found is None or plugin is None else _complete(found, plugin.options_for(found))
+        return found if found is None or plugin is None else _complete(found, plugin.places.options_for(found))
 
     return _hpc_resume_path
 
@@ -94,7 +95,7 @@ def _finding(stock: Callable[..., set[str]]) -> Callable[..., set[str]]:
         if plugin is None:
             return stock(self, trainer)
         folder = str(self._ModelCheckpoint__resolve_ckpt_dir(trainer))
-        options = plugin.options_for(folder)
+        options = plugin.places.options_for(folder)
         last = re.compile(rf"^{re.escape(self.CHECKPOINT_NAME_LAST)}(-(\d+))?")
         if local_path(folder) is not None:
             asides = [PurePosixPath(name) for name in ordinary.stepped_aside(folder)]
@@ -141,10 +142,8 @@ def _sparing(stock: Callable[..., bool]) -> Callable[..., bool]:
 
 def _dating(stock: Callable[..., Any]) -> Callable[..., Any]:
     def get_filesystem(path: Any, **kwargs: Any) -> Any:
-        from shardckpt.lightning.plugin import living  # which imports this module, to have it installed
-
         # Nothing says here for which Trainer it is asked.
-        known = [plugin.options_for(str(path)) for plugin in list(living)]
+        known = [plugin.places.options_for(str(path)) for plugin in list(living)]
         for options in [{}, *(options for options in known if options)]:
             try:
                 if ordinary.is_ours(str(path), options):

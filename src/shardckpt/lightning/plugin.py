@@ -7,7 +7,6 @@ The binding (`shardckpt.lightning.binding`) has every rank call `save_from_every
 import logging
 import os
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,10 @@ from shardckpt.commit import checkpoint_path
 from shardckpt.errors import SaveFailedError, UsageError
 from shardckpt.lightning import agreement, fabric, flavours, from_checkpoint, model_checkpoint, ordinary, restore
 from shardckpt.lightning.lazy import plain
+from shardckpt.lightning.living import living
+from shardckpt.lightning.places import Places
 from shardckpt.lightning.sharing import Running, Twins
 from shardckpt.lightning.snapshot import Layout, layout_of, share_of, split_off
-from shardckpt.storage import local_path
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO as _CheckpointIO
@@ -72,7 +72,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         self._warned = False
         self._latest: PendingSave | None = None
         self.twins = Twins()
-        self._written: dict[str, Mapping[str, Any] | None] = {}
+        self.places = Places(self._options.get("storage_options"))
         self.displaced = ordinary.Displaced()
         flavours.register(type(self))
         from_checkpoint.install()
@@ -138,7 +138,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         finally:
             alone.close()
             self.displaced.settle(None)
-        self.wrote(text, storage_options)
+        self.places.wrote(text, storage_options)
 
     def load_checkpoint(  # type: ignore[override]  # what it returns is that of the documented contract
         self,
@@ -164,7 +164,7 @@ class ShardedCheckpointIO(_CheckpointIO):
             shares the live tensors, because the Trainer looks up all of its keys.
         """
         self.wait()
-        text, options, is_ordinary = self.found(path)
+        text, options, is_ordinary = self.places.find(path)
         if is_ordinary:
             loaded: dict[str, Any] | None = ordinary.load(text, map_location, weights_only, options)
             return loaded
@@ -183,15 +183,15 @@ class ShardedCheckpointIO(_CheckpointIO):
         A symbolic link is unlinked, never followed. Ordinary files and directories are removed as Lightning does it.
         """
         text = checkpoint_path(path)
-        options = self.options_for(text)
+        options = self.places.options_for(text)
         latest = self._latest
         if ordinary.is_link(text):
             ordinary.remove(text)
         elif latest is not None and latest.done() and not latest.succeeded():
             log.warning("keeping %s: the save that was to replace it failed", text)
-        elif _key(text) in self._written or ordinary.is_ours(text, options):
+        elif self.places.has_ours(text):
             self.checkpointer.remove(text, storage_options=options)
-            self._written.pop(_key(text), None)
+            self.places.removed(text)
         elif latest is not None and not self._committed(latest):
             log.warning("keeping %s: the save that was to replace it failed", text)
         else:
@@ -273,9 +273,9 @@ class ShardedCheckpointIO(_CheckpointIO):
             self._is_saving = interrupts
             self._latest = pending
             self.displaced.settle(pending)
-        self.wrote(decision.path, storage_options)
+        self.places.wrote(decision.path, storage_options)
         if rank == 0:
-            model_checkpoint.forget_listing(decision.path, self.options_for(decision.path))
+            model_checkpoint.forget_listing(decision.path, self.places.options_for(decision.path))
 
     def load_lazily(
         self,
@@ -292,13 +292,13 @@ class ShardedCheckpointIO(_CheckpointIO):
         """
 
         def decide() -> tuple[str, bool]:
-            text, _, is_ordinary = self.found(path)
+            text, _, is_ordinary = self.places.find(path)
             return text, is_ordinary
 
         text, is_ordinary = agreement.from_rank_zero(
             "Trainer.load_checkpoint", decide, tuple[str, bool], timeout=self.timeout, before=self.wait
         )
-        options = self.options_for(text)
+        options = self.places.options_for(text)
         if is_ordinary and otherwise is not None and ordinary.is_directory(text):
             return otherwise(text)
         if is_ordinary:
@@ -337,21 +337,6 @@ class ShardedCheckpointIO(_CheckpointIO):
         if self._latest is not None and self._checkpointer is not None and self._pid == os.getpid():
             self._committed(self._latest)
 
-    def found(self, path: Any) -> tuple[str, dict[str, Any], bool]:
-        """What lies at ``path``: where it is, with which storage options, and whether it is an ordinary checkpoint."""
-        text = checkpoint_path(path)
-        options = self.options_for(text)
-        text = ordinary.standing(text, options)
-        return text, options, ordinary.is_ordinary(text, options)
-
-    def options_for(self, path: str) -> dict[str, Any]:
-        """The storage options for ``path``: the plugin's, and those of the call that saved it in this process."""
-        return {**(self._options.get("storage_options") or {}), **(self._written.get(_key(path)) or {})}
-
-    def wrote(self, path: str, storage_options: Mapping[str, Any] | None) -> None:
-        """Note that this process has saved to ``path``, and with what options of the call."""
-        self._written[_key(path)] = storage_options
-
     @property
     def timeout(self) -> float:
         """Seconds to wait for the other ranks."""
@@ -364,12 +349,3 @@ class ShardedCheckpointIO(_CheckpointIO):
         while not pending.done():  # `result` would count as telling the caller of a failure
             time.sleep(0.01)
         return pending.succeeded()
-
-
-def _key(path: str) -> str:
-    local = local_path(path)
-    return path.rstrip("/") if local is None else os.path.abspath(os.path.expanduser(local))
-
-
-living: "weakref.WeakSet[ShardedCheckpointIO]" = weakref.WeakSet()
-"""The plugins in this process: Trainers that were made while there are any get the binding's callback."""
