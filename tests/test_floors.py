@@ -5,6 +5,7 @@ is told here, by module and line.
 """
 
 import ast
+import graphlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,10 @@ FLOORS: tuple[frozenset[str], ...] = (
 """Module or sub-package names, lowest floor first. Modules of one sub-package may import each other."""
 
 
+IMPORTED_LATE = {("lightning.fabric", "lightning.plugin"), ("lightning.model_checkpoint", "lightning.plugin")}
+"""What the plugin installs into Lightning when one is made looks for the plugin of a Trainer, by its class."""
+
+
 class Import(NamedTuple):
     """One module importing another, both as names below ``shardckpt``; the package itself is ``""``."""
 
@@ -72,8 +77,15 @@ def test_contributing_shows_the_same_floors() -> None:
     }
 
 
+def modules() -> set[str]:
+    """Every module and sub-package, by its dotted name below the package."""
+    paths = [path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py")]
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts) for parts in paths} - {""}
+
+
 def imports() -> Iterator[Import]:
     """Every import of a module of ours by another: at the top, in a function, or under ``TYPE_CHECKING``."""
+    known = modules()
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         importer = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -83,12 +95,8 @@ def imports() -> Iterator[Import]:
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}:{node.lineno}: relative imports hide which floor is meant"
                 # `from shardckpt import errors` imports a module, `from shardckpt import save` the package.
-                names = [
-                    f"shardckpt.{alias.name}"
-                    if node.module == "shardckpt" and alias.name in units()
-                    else node.module or ""
-                    for alias in node.names
-                ]
+                within = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name if name.removeprefix("shardckpt.") in known else node.module or "" for name in within]
             else:
                 continue
             for name in dict.fromkeys(names):
@@ -113,6 +121,15 @@ def test_imports_go_down() -> None:
         and (not imported or floor_of(imported) >= floor_of(importer))
     ]
     assert wrong == []
+
+
+def test_modules_of_a_package_import_in_one_direction() -> None:
+    """Within a package too data flows one way: of two modules that need each other neither can be read alone."""
+    needs: dict[str, set[str]] = {}
+    for importer, _, imported in imports():
+        if importer != imported and (importer, imported) not in IMPORTED_LATE:
+            needs.setdefault(importer, set()).add(imported)
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError, which names the circle
 
 
 def test_the_lowest_floors_need_no_torch() -> None:
