@@ -13,7 +13,8 @@ ensure_venv() {
   mark=$venv/.made-by-shardckpt
 
   if [[ -e $venv && ! -e $mark ]]; then
-    if ! "$venv/bin/python" -c 'import shardckpt' 2>/dev/null; then
+    # Found, not imported, which would import torch.
+    if ! "$venv/bin/python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("shardckpt"))'; then
       echo "$venv exists and does not have shardckpt: install it there, or set VENV to another place" >&2
       return 1
     fi
