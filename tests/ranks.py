@@ -1,6 +1,7 @@
 """Real gloo processes that live through a whole test session, one set per world size.
 
-Importing torch costs seconds, so the processes are started once and run many cases. A case is a module-level function
+Importing torch costs seconds, so that is done once, in a server from which processes fork (`context`), and a rank runs
+many cases. A case is a module-level function
 of an importable module; it gets its rank and the arguments, and what it returns or raises comes back by rank. A case
 that hangs kills its processes and fails; the next one starts new ones.
 """
@@ -21,6 +22,17 @@ import pytest
 
 HANG_SECONDS = 120.0
 TESTS = str(Path(__file__).parent)
+
+
+PRELOADED = ("torch.distributed.fsdp", "torch.distributed.tensor.parallel", "shardckpt", "lightning.pytorch")
+"""What the server of processes has imported: none of it starts a thread. What is not installed is left out."""
+
+
+def context() -> Any:
+    """How tests start Python processes: each forks from a server that has imported what they need, and nothing else."""
+    started = multiprocessing.get_context("forkserver")
+    started.set_forkserver_preload(list(PRELOADED))
+    return started
 
 
 @dataclass
@@ -82,11 +94,11 @@ class World:
     def _start(self) -> None:
         if self._processes:
             return
-        context = multiprocessing.get_context("spawn")
+        processes = context()
         port = _free_port()
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, theirs, TESTS), daemon=True)
+            ours, theirs = processes.Pipe()
+            process = processes.Process(target=_serve, args=(rank, self.size, port, theirs, TESTS), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

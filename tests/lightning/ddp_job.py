@@ -1,9 +1,10 @@
 """Runs `ddp_worker.py`, or a script like it, as the ranks of one job, and says what came of each of its cases."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import ranks
 
 HERE = Path(__file__).parent
 
@@ -55,10 +58,11 @@ def run(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # Where it is imported already, a process would not be one of the other flavour alone.
+    context = ranks.context() if flavour in ranks.PRELOADED else multiprocessing.get_context("spawn")
     processes, logs = [], []
     for rank in range(world_size):
-        log = folder / f"rank{rank}-of-{world_size}.log"
-        logs.append(log)
+        logs.append(folder / f"rank{rank}-of-{world_size}.log")
         known = {
             "LOCAL_RANK": str(rank),
             "NODE_RANK": "0",
@@ -68,20 +72,34 @@ def run(
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        command = [sys.executable, str(HERE / worker), flavour, str(folder), *cases]
-        with log.open("w") as out:
-            processes.append(
-                subprocess.Popen(command, env=os.environ | known | dict(environment or {}), stdout=out, stderr=out)
-            )
+        variables = dict(os.environ) | known | dict(environment or {})
+        program = [str(HERE / worker), flavour, str(folder), *cases]
+        processes.append(context.Process(target=_rank, args=(program, variables, logs[-1]), daemon=True))
+        processes[-1].start()
     deadline = time.monotonic() + seconds
     try:
         # One rank that fails leaves the others waiting for it.
-        while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-            if any(p.poll() for p in processes):
+        while any(p.exitcode is None for p in processes) and time.monotonic() < deadline:
+            if any(p.exitcode for p in processes):
                 deadline = min(deadline, time.monotonic() + 3)
             time.sleep(0.05)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     return Outcomes(folder, world_size, "\n".join(f"--- {log.name}\n{log.read_text()[-4000:]}" for log in logs))
+
+
+def _rank(program: list[str], variables: Mapping[str, str], log: Path) -> None:
+    """Become one rank: what runs from here on is the script, as if it had been started by itself."""
+    os.environ.clear()
+    os.environ.update(variables)
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.argv = program
+    sys.path.insert(0, str(HERE))
+    import torch
+
+    torch.set_num_threads(1)  # it read OMP_NUM_THREADS before there was one
+    runpy.run_path(program[0], run_name="__main__")
