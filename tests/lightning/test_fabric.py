@@ -263,3 +263,9 @@ def test_a_strategy_without_the_plugin_stays_as_it_is() -> None:
     assert strategy.checkpoint_io is torch_io
     with pytest.raises(UsageError, match=r"FSDP1.*ModelParallelStrategy"):
         package.strategies.FSDPStrategy().checkpoint_io = ShardedCheckpointIO()
+
+
+@pytest.mark.multiprocess
+def test_a_sharded_tensor_is_told_by_its_memory_too() -> None:
+    """Where a DTensor's part lies, and its version, count as for a plain tensor, or a save would be left out."""
+    assert ranks.world(2).run(fabric_cases.fingerprints) == [[True, True, True]] * 2

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import shardckpt
 from shardckpt.lightning import ShardedCheckpointIO
+from shardckpt.lightning.snapshot import fingerprint
 from shardckpt.state.names import parameter_names
 
 
@@ -214,3 +216,15 @@ def shards_itself(rank: int, folder: str) -> tuple[dict[str, str], dict[str, str
         twin, other = made_of(made, 3, 0)
         made.load(Path(folder) / "zero", {"model": twin, "optimizer": other})
         return digests(model, optimizer.optim), digests(twin, other.optim)
+
+
+def fingerprints(rank: int) -> list[bool]:
+    """Whether one DTensor has one fingerprint, and another of the same samples, elsewhere in memory, has another."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    live, other = (DTensor.from_local(torch.zeros(100, 100), mesh, [Shard(0)], run_check=False) for _ in range(2))
+    before = fingerprint({"w": live}, 0)
+    same = before is not None and before == fingerprint({"w": live.detach()}, 0)
+    other.to_local().numpy()[1, 1] = 1  # no sample, and no version counter
+    replaced = before != fingerprint({"w": other}, 0)
+    live.to_local().add_(0)  # changes the counter alone
+    return [same, replaced, before != fingerprint({"w": live}, 0)]

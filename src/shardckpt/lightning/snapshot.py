@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shardckpt.lightning.lazy import plain
 from shardckpt.state import ModuleState, OptimizerState, PerRank, Share
@@ -170,7 +171,7 @@ def fingerprint(checkpoint: Mapping[str, Any], position: Hashable) -> Hashable |
 
     What is looked at: ``position`` (how far training is), each tensor's place in memory and version counter, and,
     because fused optimizers and ``.data`` bump no counter, a sample of its contents; of small ones the whole contents.
-    The place is left out where this rank has a part of a tensor, which FSDP1 copies anew each time it is asked.
+    The place is left out of a ShardedTensor's parts, which FSDP1 copies anew each time it is asked.
     Equal values are no proof: a few elements may have been written behind torch's back.
     """
     seen = xxhash.xxh3_128()
@@ -205,7 +206,7 @@ def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
     """The tensors on this rank and numpy arrays of nested containers, with their paths, and whether they stay there."""
     if is_distributed(value):
         for part in local_parts(value):
-            yield path, part, False
+            yield path, part, isinstance(value, DTensor)
     elif isinstance(value, Tensor) or (type(value).__module__ == "numpy" and hasattr(value, "tobytes")):
         yield path, value, True
     elif isinstance(value, Mapping):
