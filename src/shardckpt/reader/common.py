@@ -9,7 +9,9 @@ from typing import Final, NamedTuple, TypeVar
 from shardckpt.codecs import digest
 
 _APART: Final = 4 << 20
-"""Bytes from one point of a file to the next. Ranks that want the same want the same points."""
+"""Bytes from one point of a file to the next, at least. Ranks that want the same want the same points."""
+_POINTS: Final = 1 << 16
+"""In a whole checkpoint, about. Of one of many terabytes as few tell as much, and each takes its time."""
 _SAMPLE: Final = 16
 """Points that a rank tells of: all ranks hear them, and there may be ten thousand."""
 _ENOUGH: Final = 0.5
@@ -33,11 +35,22 @@ class Crowd(NamedTuple):
         return [*work[first:], *work[:first]]
 
 
-def points(name: str, stretches: Iterable[tuple[int, int]]) -> Iterator[int]:
-    """Numbers of 32 bits that stand for the points of a file, of that name, within stretches [start, stop) of bytes."""
-    for start, stop in stretches:
-        for point in range(-(-start // _APART), -(-stop // _APART)):
+def spacing(nbytes: int) -> int:
+    """Bytes from one point to the next in the files of a checkpoint of so many bytes, the same for all its readers."""
+    return max(_APART, -(-nbytes // _POINTS))
+
+
+def points(name: str, stretches: Iterable[tuple[int, int]], apart: int) -> Iterator[int]:
+    """Numbers of 32 bits that stand for the points of a file, of that name, within stretches [start, stop) of bytes.
+
+    They are `apart` bytes apart; each comes once, however often stretches overlap.
+    """
+    done = 0
+    for start, stop in sorted(stretches):
+        end = -(-stop // apart)
+        for point in range(max(done, -(-start // apart)), end):
             yield digest(f"{point} {name}".encode()) & 0xFFFFFFFF
+        done = max(done, end)
 
 
 def sample(found: Iterable[int]) -> list[int]:

@@ -8,7 +8,7 @@ from shardckpt.errors import StateMismatchError
 from shardckpt.garbage import held_off
 from shardckpt.manifest import Manifest
 from shardckpt.planner import Wanted, plan_load
-from shardckpt.reader.common import sample
+from shardckpt.reader.common import sample, spacing
 from shardckpt.reader.shards import Piece, ShardFile
 from shardckpt.storage import Storage
 from shardckpt.workers import THREADS, for_each
@@ -75,7 +75,8 @@ class ReadPlan:
 
     def sample(self) -> list[int]:
         """Of what is wanted, to be compared with that of other ranks by `is_common`."""
-        return sample(point for file in self._files.values() for point in file.points())
+        apart = spacing(sum(file.size for file in self.manifest.files))
+        return sample(point for file in self._files.values() for point in file.points(apart))
 
     def _new_piece(self, name: str, shard: int) -> tuple[ShardFile, Piece]:
         tensor = self.manifest.tensors[name]

@@ -197,9 +197,9 @@ class ShardFile:
             extents[piece.entry] = piece.extent(entry, where)
         return extents
 
-    def points(self) -> Iterator[int]:
+    def points(self, apart: int) -> Iterator[int]:
         """What stands for the wanted bytes, so that ranks can compare; see `reader.common`."""
-        return points(self._file.name, map(Piece.stretch, self.pieces))
+        return points(self._file.name, map(Piece.stretch, self.pieces), apart)
 
     def read_into(self, offset: int, into: memoryview, *, cached: bool) -> None:
         """Fill `into` with the file's bytes from `offset` on; `cached` as for `Storage.read_into`."""
