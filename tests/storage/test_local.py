@@ -1,5 +1,6 @@
 """Local directories: the common suite, and what only a local file system can do or break."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -97,6 +98,67 @@ def test_what_the_cache_has(tmp_path: Path) -> None:
     assert not storage.in_cache("rank", nbytes, 1)
     with pytest.raises(ObjectNotFoundError):
         storage.in_cache("missing", 0, 1)
+
+
+NOBODY = 65534
+
+
+def give_up(*capabilities: int) -> None:
+    """Go on without some of root's rights."""
+    library, header = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0)
+    held = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then the same for those above 31
+    assert library.capget(header, held) == 0
+    for capability in capabilities:
+        held[0] &= ~(1 << capability)
+        held[1] &= ~(1 << capability)
+    assert library.capset(header, held) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.geteuid() != 0, reason="takes other users' places")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("user", "owner", "mode", "without", "told"),
+    [
+        (0, NOBODY, 0o444, (), True),
+        (0, NOBODY, 0o444, (posix._CAP_FOWNER,), True),
+        (0, NOBODY, 0o644, (posix._CAP_FOWNER, 1, 2), False),  # nor CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        (0, 0, 0o444, (posix._CAP_FOWNER, 1, 2), True),
+        (NOBODY, 0, 0o644, (), False),
+        (NOBODY, 0, 0o666, (), True),
+        (NOBODY, NOBODY, 0o444, (), True),
+    ],
+)
+def test_who_is_not_told_what_the_cache_has(
+    tmp_path: Path, user: int, owner: int, mode: int, without: tuple[int, ...], told: bool
+) -> None:
+    """To whom a file isn't his the kernel says that all of it is there; then it is read as if nothing were."""
+    path = tmp_path / "rank"
+    path.write_bytes(noise(BLOCK))
+    os.chown(path, owner, owner)
+    path.chmod(mode)
+    file = os.open(path, os.O_RDONLY)
+
+    def seen() -> int:
+        child = os.fork()
+        if child == 0:
+            status = 2
+            try:
+                posix._acts_as_owner.cache_clear()
+                os.setresuid(user, user, user) if user else give_up(*without)
+                ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # /proc/self stays ours
+                status = posix.is_resident(file, 0, BLOCK)
+            finally:
+                os._exit(status)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    try:
+        assert seen() == told
+        drop(path)
+        if posix.is_resident(file, 0, BLOCK):
+            pytest.skip("the file system keeps everything in memory")
+        assert seen() == 0
+    finally:
+        os.close(file)
 
 
 @pytest.mark.parametrize("refused", [0, 1])
