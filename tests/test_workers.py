@@ -1,13 +1,11 @@
 """The threads of a save or a load."""
 
-import os
 import threading
 import time
 from unittest import mock
 
 import pytest
 
-from shardckpt.launch import cores_per_rank
 from shardckpt.workers import Workers, for_each
 
 
@@ -94,19 +92,3 @@ def test_threads_that_cannot_start_leave_none_behind() -> None:
         pass
     assert len(started) == 2
     assert not any(thread.is_alive() for thread in started)
-
-
-@pytest.mark.parametrize(
-    ("said", "world_size", "expected"),
-    [({}, 1, 8), ({}, 2, 4), ({}, 16, 1), ({"LOCAL_WORLD_SIZE": "4"}, 1024, 2), ({"SLURM_NTASKS_PER_NODE": "3"}, 6, 2)],
-)
-def test_ranks_of_a_host_share_its_cores(
-    said: dict[str, str], world_size: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Threads that copy for one rank must not take the cores of another."""
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, text in said.items():
-        monkeypatch.setenv(name, text)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert cores_per_rank(world_size) == expected

@@ -1,14 +1,25 @@
 """How this process was started, as far as it tells of others."""
 
 import os
+import re
 from typing import Final
 
 import torch.distributed as dist
 
 from shardckpt.errors import UsageError
 
-_RANKS_HERE: Final = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
-"""Where launchers say how many ranks they have started on this host: torchrun, and Slurm."""
+_SAID: Final = (
+    ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI's mpirun
+    ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # mpiexec of MPICH and Intel MPI
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),  # srun
+)
+"""Where launchers say which rank this is, which of those on its host, and how many these are.
+
+One may have been started by another, so the order counts. Not Slurm's SLURM_NTASKS_PER_NODE: a batch script of one
+process has it too.
+"""
+_TASKS: Final = re.compile(r"(\d{1,9})(?:\(x(\d{1,9})\))?")
 
 
 def cores_per_rank(world_size: int) -> int:
@@ -18,22 +29,53 @@ def cores_per_rank(world_size: int) -> int:
     launcher that binds each rank to its own cores has them counted once too often, which is as harmless.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    said = (os.environ.get(name, "") for name in _RANKS_HERE)
-    ranks = next((int(text) for text in said if text.isdecimal() and int(text)), world_size)
-    return max(1, cores // ranks)
+    here = _ranks_here()
+    return max(1, cores // (world_size if here is None else here[1]))
 
 
 def siblings() -> tuple[int, int] | None:
-    """Which of how many processes of one job this is, those of this host if that is known; None for the only one."""
-    if dist.is_available() and dist.is_initialized():
-        own, count = dist.get_rank(), dist.get_world_size()
-    else:
-        own, count = 0, 1
-    if (rank := os.environ.get("LOCAL_RANK", "")).isdecimal() and (
-        size := os.environ.get("LOCAL_WORLD_SIZE", "")
-    ).isdecimal():
-        own, count = int(rank), int(size)
-    return (own, count) if own < count and count > 1 else None
+    """Which of how many processes of one job this is, those of this host if that is known; None for the only one.
+
+    No more than a hint: nothing may depend on its being right.
+    """
+    here = _ranks_here()
+    if here is None and _has_group():
+        here = dist.get_rank(), dist.get_world_size()
+    return here if here is not None and here[1] > 1 else None
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _ranks_here() -> tuple[int, int] | None:
+    """Which of how many ranks on this host this is, as the launcher says; None where none says, or it can't be so."""
+    for names in _SAID:
+        rank, position, size = (_number(os.environ.get(name, "")) for name in names)
+        if position is None or size is None or position >= size:
+            continue
+        # A process that a rank has started has its environment, and may be another rank of another group.
+        if _has_group() and (size > dist.get_world_size() or rank not in (None, dist.get_rank())):
+            continue
+        return position, size
+    return None
+
+
+def _number(text: str) -> int | None:
+    """The number in a variable; where it is a list with one for each host, like ``4(x2),3``, the one for this host."""
+    found = [_TASKS.fullmatch(item) for item in text.split(",")]
+    if len(found) == 1 and found[0] is not None and found[0][2] is None:
+        return int(found[0][1])
+    node = os.environ.get("SLURM_NODEID", "")
+    left = int(node) if node.isdecimal() and len(node) < 10 else 0
+    for item in found:
+        if item is None:
+            return None
+        repeated = int(item[2] or 1)
+        if left < repeated:
+            return int(item[1])
+        left -= repeated
+    return None
 
 
 def check_group(call: str) -> None:
