@@ -1,17 +1,21 @@
 """Staging memory and the copy into it."""
 
+import errno
 import gc
 import mmap
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from shardckpt.errors import UsageError
-from shardckpt.staging import Block, Budget, Source, StagingPool, copy_memory, copying, stage
+from shardckpt.staging import Block, Budget, Source, StagingPool, copy_memory, copying, memory, stage
 from shardckpt.staging.copying import _Filler
 from shardckpt.storage import BLOCK
 from shards import in_order, noise, raw, source
@@ -70,6 +74,90 @@ def test_reserve_touches_ahead(pool: StagingPool) -> None:
     assert pool.nbytes == 3 * BLOCK
     pool.reserve(2 * BLOCK)
     assert pool.nbytes == 3 * BLOCK
+
+
+class Meeting:
+    """A lock that every thread comes to once before any gets it the first time."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act = act
+        self._lock = threading.Lock()
+        self._here = threading.local()
+
+    def __enter__(self) -> None:
+        if not hasattr(self._here, "was"):
+            self._here.was = True
+            self._act()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_memory_is_touched_ahead_once() -> None:
+    """Two that touch memory ahead, or one and a save, together take no more than the one of them that needs most."""
+    pool = StagingPool()
+    pool._lock = Meeting(threading.Barrier(2, timeout=60).wait)  # type: ignore[assignment]
+    threads = [threading.Thread(target=pool.reserve, args=(2 * BLOCK,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert pool._touched == 2
+
+
+def test_a_pool_that_is_closed_while_it_grows_stays_empty() -> None:
+    """Memory for saves that will not come is not taken, nor kept by whoever keeps the pool."""
+    for grow in (lambda pool: pool.reserve(BLOCK), lambda pool: pytest.raises(UsageError, pool.take)):
+        pool = StagingPool()
+        pool._lock = Meeting(pool.close)  # type: ignore[assignment]
+        grow(pool)
+        assert pool.nbytes == 0
+        assert not pool._untouched
+
+
+@pytest.mark.parametrize("what", ["thread", "memory"])
+def test_what_cannot_be_touched_ahead_is_let_be(
+    pool: StagingPool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], what: str
+) -> None:
+    """A save that has been made doesn't fail, and none is blamed, for want of what the next one may need."""
+    asked = threading.Event()
+
+    def refuse(*_: object) -> None:
+        asked.set()
+        raise RuntimeError("can't start new thread") if what == "thread" else OSError(errno.ENOMEM, "no memory")
+
+    if what == "thread":
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    else:
+        monkeypatch.setattr(memory, "_map_arena", refuse)
+    pool.warm(BLOCK)
+    assert asked.wait(60)
+    for thread in threading.enumerate():
+        if thread.name == "shardckpt-warm":
+            thread.join(60)
+    assert pool.nbytes == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_process_may_end_while_memory_is_touched() -> None:
+    """A job that fails right after its start says why, where torch would abort it, and does not wait for gigabytes."""
+    ending = textwrap.dedent("""
+        import sys, threading, time
+        from shardckpt.staging import StagingPool, memory
+        pool, many = StagingPool(), threading.Event()
+        arena, left = memory._map_arena, []
+        def same():  # however much is asked for, it is the same memory that is touched
+            left[:] = left or arena()
+            many.set()
+            return left.copy()
+        memory._map_arena = same
+        pool.warm(1 << 60)
+        many.wait()
+        sys.exit(7)
+    """)
+    done = subprocess.run([sys.executable, "-c", ending], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 @pytest.mark.parametrize("limit", [0, 1, BLOCK, 3 * BLOCK, 3 * BLOCK + 5])

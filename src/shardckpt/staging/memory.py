@@ -27,6 +27,7 @@ ARENA_BLOCKS: Final = 16
 _HUGE_PAGES: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)
 _NOT_IN_CHILDREN: Final[int | None] = getattr(mmap, "MADV_DONTFORK", None)
 _CUDA_HOST_REGISTER_PORTABLE: Final = 1
+_CLOSED: Final = "This Checkpointer is closed; make a new one."
 
 _mappings: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 _inherited: list[mmap.mmap] = []
@@ -116,6 +117,8 @@ class StagingPool:
             block = self._free.pop() if self._free else None
         if block is None:
             block = self._touch_another()
+        if block is None:  # closed meanwhile
+            raise UsageError(_CLOSED)
         if self._pinning and not block.pinned:
             self._pin(block)
         return block
@@ -129,14 +132,21 @@ class StagingPool:
     def reserve(self, nbytes: int) -> None:
         """Grow to at least `nbytes` and touch every page, so that no save pays for it: a GiB may take a second.
 
-        It ends early when the pool is closed.
+        It ends early when the pool is closed, or the main thread has ended and others only wait for this one.
         """
-        while self._touched * BLOCK < nbytes and not self._closed:
-            self.give(self._touch_another())
+        while threading.main_thread().is_alive() and (block := self._touch_another(blocks_for(nbytes))) is not None:
+            self.give(block)
 
     def warm(self, nbytes: int) -> None:
-        """`reserve` in the background."""
-        threading.Thread(target=self.reserve, args=(nbytes,), name="shardckpt-warm", daemon=True).start()
+        """`reserve` in the background. Where memory or a thread can't be had, whoever comes to need it is told."""
+
+        def run() -> None:
+            with suppress(OSError):
+                self.reserve(nbytes)
+
+        # No daemon: torch, in which it is nearly always, aborts the process that ends under it.
+        with suppress(RuntimeError):
+            threading.Thread(target=run, name="shardckpt-warm").start()
 
     def pin(self) -> None:
         """From now on hand out only blocks that CUDA devices copy to and from without a detour, where there is CUDA."""
@@ -154,16 +164,21 @@ class StagingPool:
 
     def _check_usable(self) -> None:
         if self._closed:
-            raise UsageError("This Checkpointer is closed; make a new one.")
+            raise UsageError(_CLOSED)
         if os.getpid() != self._pid:
             raise UsageError(
                 f"Process {os.getpid()} was forked from process {self._pid} and uses its Checkpointer, whose memory it "
                 "doesn't have. Make a Checkpointer in the child."
             )
 
-    def _touch_another(self) -> Block:
-        """A block of memory that the pool didn't occupy before, with its pages present."""
+    def _touch_another(self, most: int | None = None) -> Block | None:
+        """A block of memory that the pool didn't occupy before, with its pages present.
+
+        None where the pool occupies `most` blocks, or is closed.
+        """
         with self._lock:
+            if self._closed or (most is not None and self._touched >= most):
+                return None
             if not self._untouched:
                 self._untouched = _map_arena()
             block = self._untouched.pop()
