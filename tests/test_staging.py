@@ -108,10 +108,14 @@ def test_memory_is_touched_ahead_once() -> None:
 
 def test_a_pool_that_is_closed_while_it_grows_stays_empty() -> None:
     """Memory for saves that will not come is not taken, nor kept by whoever keeps the pool."""
-    for grow in (lambda pool: pool.reserve(BLOCK), lambda pool: pytest.raises(UsageError, pool.take)):
+    for taken in (False, True):
         pool = StagingPool()
         pool._lock = Meeting(pool.close)  # type: ignore[assignment]
-        grow(pool)
+        if taken:
+            with pytest.raises(UsageError, match="closed"):
+                pool.take()
+        else:
+            pool.reserve(BLOCK)
         assert pool.nbytes == 0
         assert not pool._untouched
 
