@@ -74,8 +74,15 @@ class _Placed(NamedTuple):
 class Overlap:
     """The staging of one save beside training; `begin_overlap` makes it."""
 
-    def __init__(self, sources: Sequence[_Placed], pool: StagingPool, memory: int | None, threads: int) -> None:
-        self._versions = [(source, source.tensor._version) for source, waits in sources if waits]
+    def __init__(
+        self, sources: Sequence[_Placed], stepped: Stepped, pool: StagingPool, memory: int | None, threads: int
+    ) -> None:
+        self._versions = [
+            (source.fqn, live, live._version)
+            for source, waits in sources
+            if waits
+            for live in stepped.live(source.tensor)
+        ]
         self._blocks: list[Block] = []
         try:
             self.sources = _copied(sources, pool, self._blocks, threads)
@@ -118,7 +125,7 @@ class Overlap:
 
     def check(self) -> None:
         """Raise ConflictingStateError if something other than a step has changed what was being copied."""
-        changed = [source.fqn for source, version in self._versions if source.tensor._version != version]
+        changed = list(dict.fromkeys(fqn for fqn, live, version in self._versions if live._version != version))
         if changed:
             more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
             raise ConflictingStateError(
@@ -148,7 +155,7 @@ def begin_overlap(
     later = sum(source.nbytes for source, waits in placed if waits)
     if later <= at_once or (memory is not None and at_once > memory // 2):
         return None
-    return Overlap(placed, pool, memory, threads)
+    return Overlap(placed, stepped, pool, memory, threads)
 
 
 def _copied(sources: Sequence[_Placed], pool: StagingPool, blocks: list[Block], threads: int) -> list[Source]:

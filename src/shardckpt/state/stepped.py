@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardckpt.state import names
@@ -23,14 +24,14 @@ class Stepped:
 
     def __init__(self, state: Any) -> None:
         self._ends: dict[torch.device, dict[int, int]] = {}
+        self._live: dict[tuple[torch.device, int], list[Tensor]] = {}
         written = {id(weight) for _, module in names.iter_modules(state) for weight in _written_by_forward(module)}
         with torch.no_grad():
             for optimizer in _optimizers(state):
                 parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-                for tensor in _tensors([p for p in parameters if id(p) not in written]):
-                    self._add(tensor)
-                for tensor in _tensors(dict(optimizer.state)):
-                    self._add(tensor)
+                for live in _tensors([[p for p in parameters if id(p) not in written], dict(optimizer.state)]):
+                    for part in local_parts(live) if is_distributed(live) else [live]:
+                        self._add(part, live)
         self._starts = {device: sorted(ends) for device, ends in self._ends.items()}
 
     def holds(self, tensor: Tensor) -> bool:
@@ -42,11 +43,24 @@ class Stepped:
         at = bisect_right(starts, begin) - 1
         return at >= 0 and begin + _span(tensor) <= self._ends[tensor.device][starts[at]]
 
-    def _add(self, tensor: Tensor) -> None:
+    def live(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors whose version counters show a change of a ``tensor`` that is held, itself among them.
+
+        A DTensor counts what is done to it, its local part what is done to that, and what is detached from a DTensor,
+        like the values of ``state_dict``, has a local part that counts anew (tried with torch 2.13).
+        """
+        starts = self._starts[tensor.device]
+        start = starts[bisect_right(starts, tensor.data_ptr()) - 1]
+        return [tensor, *(live for live in self._live[tensor.device, start] if not live.is_inference())]
+
+    def _add(self, tensor: Tensor, live: Tensor) -> None:
         if tensor.layout is not torch.strided or is_meta(tensor) or _span(tensor) != tensor.nbytes:
             return
         ends, begin = self._ends.setdefault(tensor.device, {}), tensor.data_ptr()
         ends[begin] = max(ends.get(begin, 0), begin + tensor.nbytes)
+        self._live.setdefault((tensor.device, begin), []).extend(
+            [tensor, live] if isinstance(live, DTensor) else [tensor]
+        )
 
 
 def _span(tensor: Tensor) -> int:
@@ -78,10 +92,8 @@ def _optimizers(state: Any, depth: int = 0) -> Iterator[Optimizer]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors on this rank in nested containers."""
-    if is_distributed(value):
-        yield from local_parts(value)
-    elif isinstance(value, Tensor):
+    """The tensors in nested containers."""
+    if is_distributed(value) or isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
