@@ -35,5 +35,7 @@ def test_a_sharded_snapshot_is_the_state_at_the_call(tmp_path: Path, layout: str
 @pytest.mark.parametrize("what", ["parameter", "local", "state"])
 def test_a_change_of_a_shard_that_is_no_step_fails_the_save(tmp_path: Path, layout: str, what: str) -> None:
     """On one rank or all, through the DTensor or its local part: no checkpoint may be a mixture, and all are told."""
-    for told in ranks.world(2).run(overlap_sharded_cases.change_while_copying, str(tmp_path), layout, what):
-        assert "wait_until_staged" in told
+    told = ranks.world(2).run(overlap_sharded_cases.change_while_copying, str(tmp_path), layout, what)
+    # Rank 1 may still be writing when rank 0 clears up after a failure of its own, and then tells of that.
+    assert "wait_until_staged" in told[0]
+    assert all("left no checkpoint behind" in text for text in told)
