@@ -7,6 +7,7 @@ from functools import partial
 from typing import Final
 
 from shardckpt import filenames
+from shardckpt.background import PendingSave
 from shardckpt.errors import SaveFailedError
 from shardckpt.garbage import held_off
 from shardckpt.launch import cores_per_rank
@@ -20,7 +21,7 @@ from shardckpt.writer import ShardWriter
 COPIERS: Final = 4
 """Threads that copy for one rank at most; more than a few don't make memory faster."""
 _COLD: Final = 8
-"""A pool that lacks more than one part in so many has yet to be warmed."""
+"""A pool that lacks more than one part in so many, and more than one block, has yet to be warmed."""
 
 
 def write(
@@ -71,49 +72,85 @@ def write(
             raise
         return job
     job = SaveJob(order, writer)
-    needed = BLOCK * blocks_for(writer.first_block_offset + sum(source.nbytes for source in found))
-    at_most = needed if memory is None else min(needed, memory)
-    beside = needed > at_most or needed - needed // _COLD > pool.nbytes
-    threads = min(COPIERS, cores_per_rank(order.operation.world_size))
-
-    def copy(found: Sequence[Source], limit: int | None, emit: Callable[[Block], None]) -> None:
-        stage(found, pool, limit=limit, first_block_offset=writer.first_block_offset, emit=emit, threads=threads)
-
-    def copy_beside(overlap: Overlap) -> None:
-        with _telling(writer):
-            with ExitStack() as stack:
-                # What was copied at the call counts too: what is held back must find room beside it.
-                fits = overlap.limit is None or overlap.limit >= needed
-                emit = stack.enter_context(_held_back(writer.emit)) if fits and not beside else writer.emit
-                copy(overlap.sources, overlap.limit, emit)
-                overlap.check()
-            writer.finish()
-        warm()
-
-    def warm() -> None:
-        if pool.nbytes < at_most:
-            pool.warm(at_most)
-
+    staging = _Staging(writer, found, pool, memory, order.operation.world_size)
     overlap = None
-    if beside:
+    if staging.needs_blocks_back:
         submit(job)
     try:
-        with _telling(writer):
-            if stepped is not None:
-                overlap = begin_overlap(found, stepped, pool, memory, threads)
-            if overlap is None:
-                copy(found, memory, writer.emit)
-                writer.finish()
-            else:
-                overlap.start(partial(copy_beside, overlap), order.pending)
+        overlap = staging.begin(stepped, order.pending)
     finally:
-        if not beside:
+        if not staging.needs_blocks_back:
             submit(job)
         if overlap is None:
             order.pending.mark_staged()
     if overlap is None:
-        warm()
+        staging.warm()
     return job
+
+
+def blocks_to_hold(nbytes: int, memory: int | None) -> int:
+    """Bytes of whole blocks that staging ``nbytes`` takes, where ``memory`` bytes may be held, or None for any."""
+    needed = blocks_for(nbytes)
+    return BLOCK * (needed if memory is None else min(needed, max(1, memory // BLOCK)))
+
+
+class _Staging:
+    """One rank's part on its way from its tensors into the writer."""
+
+    def __init__(
+        self, writer: ShardWriter, sources: Sequence[Source], pool: StagingPool, memory: int | None, world_size: int
+    ) -> None:
+        self._writer = writer
+        self._sources = sources
+        self._pool = pool
+        self._memory = memory
+        self._threads = min(COPIERS, cores_per_rank(world_size))
+        nbytes = writer.first_block_offset + sum(source.nbytes for source in sources)
+        self._needed = blocks_to_hold(nbytes, None)
+        self._held = blocks_to_hold(nbytes, memory)
+        lacking = self._needed - pool.nbytes
+        self.needs_blocks_back = self._held < self._needed or lacking > max(self._needed // _COLD, BLOCK)
+        """Whether writing has to go on beside staging, so that blocks come back; see `write`."""
+
+    def begin(self, stepped: Stepped | None, pending: PendingSave) -> Overlap | None:
+        """Stage all now, or what cannot wait; the result is what stages the rest, in a thread, and None for nothing."""
+        overlap = None
+        with _telling(self._writer):
+            if stepped is not None:
+                overlap = begin_overlap(self._sources, stepped, self._pool, self._memory, self._threads)
+            if overlap is None:
+                self._copy(self._sources, self._memory, self._writer.emit)
+                self._writer.finish()
+            else:
+                overlap.start(partial(self._finish, overlap), pending)
+        return overlap
+
+    def warm(self) -> None:
+        """Touch in the background what the next save will need."""
+        if self._pool.nbytes < self._held:
+            self._pool.warm(self._held)
+
+    def _finish(self, overlap: Overlap) -> None:
+        with _telling(self._writer):
+            with ExitStack() as stack:
+                emit: Callable[[Block], None] = self._writer.emit
+                # What was copied at the call counts too: what is held back must find room beside it.
+                if not self.needs_blocks_back and (overlap.limit is None or overlap.limit >= self._needed):
+                    emit = stack.enter_context(_held_back(emit))
+                self._copy(overlap.sources, overlap.limit, emit)
+                overlap.check()
+            self._writer.finish()
+        self.warm()
+
+    def _copy(self, sources: Sequence[Source], limit: int | None, emit: Callable[[Block], None]) -> None:
+        stage(
+            sources,
+            self._pool,
+            limit=limit,
+            first_block_offset=self._writer.first_block_offset,
+            emit=emit,
+            threads=self._threads,
+        )
 
 
 @contextmanager
