@@ -10,10 +10,13 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
 
+from shardckpt import Checkpointer
 from shardckpt.errors import UsageError
 from shardckpt.staging import Block, Budget, Source, StagingPool, copy_memory, copying, memory, stage
 from shardckpt.staging.copying import _Filler
@@ -74,6 +77,22 @@ def test_reserve_touches_ahead(pool: StagingPool) -> None:
     assert pool.nbytes == 3 * BLOCK
     pool.reserve(2 * BLOCK)
     assert pool.nbytes == 3 * BLOCK
+
+
+@pytest.mark.parametrize("limit", [None, 2 * BLOCK + 1])
+@pytest.mark.parametrize("nbytes", [4, BLOCK, 3 * BLOCK - 64])
+def test_the_first_save_after_prepare_touches_no_new_memory(nbytes: int, limit: int | None, tmp_path: Path) -> None:
+    """What `prepare` has touched is all that the first save needs, header and odd limits included."""
+    state = {"w": noise(nbytes, dtype=torch.uint8)}
+    with closing(Checkpointer(staging_limit=limit)) as engine:
+        engine.prepare(state)
+        for thread in threading.enumerate():
+            if thread.name == "shardckpt-warm":
+                thread.join()
+        prepared = engine._pool.nbytes
+        engine.async_save(state, tmp_path / "c").result()
+        assert 0 < engine._pool.nbytes == prepared
+        assert limit is None or prepared <= limit
 
 
 class Meeting:

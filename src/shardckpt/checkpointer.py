@@ -19,7 +19,7 @@ from shardckpt.reports import SaveReport
 from shardckpt.saving import Request, Series
 from shardckpt.staging import StagingPool
 from shardckpt.state import KeyMap, Prefix
-from shardckpt.storage import Storage, open_storage
+from shardckpt.storage import BLOCK, Storage, open_storage
 
 SYNC_MEMORY: Final = 128 << 20
 """Bytes of staging memory that a synchronous save uses: it need not hold the whole shard."""
@@ -225,8 +225,10 @@ class Checkpointer:
         """Allocate and touch, in the background, the memory that saving ``state`` will need."""
         self._background.check_fork()
         rank, world_size = (0, 1) if self._alone else coordinator.rank_and_world_size()
-        nbytes = saving.bytes_to_stage(saving.flatten_selected(state, self._save_options, rank), world_size)
-        self._pool.warm(nbytes if self._staging_limit is None else min(nbytes, self._staging_limit))
+        flat = saving.flatten_selected(state, self._save_options, rank)
+        # The header is not known yet, and rarely larger than a block.
+        nbytes = saving.bytes_to_stage(flat, world_size) + BLOCK
+        self._pool.warm(saving.bytes_to_hold(nbytes, self._staging_limit))
 
     def wait(self) -> None:
         """Until nothing is in flight. Raises the SaveFailedError that nobody has been told of yet."""

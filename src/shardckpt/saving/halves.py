@@ -88,8 +88,8 @@ def write(
     return job
 
 
-def blocks_to_hold(nbytes: int, memory: int | None) -> int:
-    """Bytes of whole blocks that staging ``nbytes`` takes, where ``memory`` bytes may be held, or None for any."""
+def bytes_to_hold(nbytes: int, memory: int | None) -> int:
+    """Bytes of whole blocks that staging ``nbytes`` takes, where ``memory`` bytes may be held; None for any number."""
     needed = blocks_for(nbytes)
     return BLOCK * (needed if memory is None else min(needed, max(1, memory // BLOCK)))
 
@@ -106,8 +106,8 @@ class _Staging:
         self._memory = memory
         self._threads = min(COPIERS, cores_per_rank(world_size))
         nbytes = writer.first_block_offset + sum(source.nbytes for source in sources)
-        self._needed = blocks_to_hold(nbytes, None)
-        self._held = blocks_to_hold(nbytes, memory)
+        self._needed = bytes_to_hold(nbytes, None)
+        self._held = bytes_to_hold(nbytes, memory)
         lacking = self._needed - pool.nbytes
         self.needs_blocks_back = self._held < self._needed or lacking > max(self._needed // _COLD, BLOCK)
         """Whether writing has to go on beside staging, so that blocks come back; see `write`."""

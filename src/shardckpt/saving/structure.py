@@ -182,7 +182,7 @@ def _hint(plan: ShardPlan, digests: Sequence[bytes], decoded: dict[bytes, _WireS
 
 
 def bytes_to_stage(flat: Flattened, world_size: int) -> int:
-    """About the bytes that one rank of ``world_size`` will write of a state."""
+    """About the bytes that one rank of ``world_size`` will write of a state; its header is not known yet."""
     nbytes = 0
     for leaf in flat.tensors.values():
         held = sum(view.numel() * view.element_size() for view in leaf.views)
