@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import PEERS, keep, machine, versions
+from benchmarks.environment import PEERS, checkout, keep, machine, versions
 from benchmarks.options import Launch, Options
 from benchmarks.plots import plot
 from benchmarks.record import Measurement, as_json, judged, rows_of, table
@@ -44,7 +44,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dir", type=Path, default=Path("runs/benchmark"), help="emptied; on the disk to measure")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record and the picture")
     parser.add_argument("--repeats", type=int, help="counted ones, after a warm-up; 5 at full size, 1 at small")
-    parser.add_argument("--only", nargs="+", default=[], metavar="CONTENDER", help="those whose name contains it")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="CONTENDER",
+        help="those whose name contains it; the record's name ends in -partial, and it replaces no whole one",
+    )
     parser.add_argument("--layout", nargs="+", default=[], choices=LAYOUTS, help="of save, load and stall")
     parser.add_argument("--gib", nargs="+", type=float, default=[], help="other sizes of the state than the suite's")
     return parser
@@ -124,6 +130,8 @@ def run(options: Options) -> dict[str, Any]:
         },
         "machine": seen,
         "versions": versions(),
+        "checkout": checkout(),
+        "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
         "targets": judged(rows, chosen.TARGETS),
         "medians": as_json(rows),
         "not_measured": skipped,
@@ -154,6 +162,8 @@ def _name(options: Options, record: dict[str, Any]) -> str:
     ranks: Sequence[int] = record["config"]["ranks"]
     sizes = [f"{gib:g}GiB" for gib in options.gib] or [options.size]
     parts = [options.suite, *options.layouts, *sizes, "-".join(map(str, ranks)) + "ranks"]
+    if options.only:  # part of the contenders never takes the place of a record of all
+        parts.append("partial")
     if options.storage != "local" and options.suite != "s3":
         parts.append(options.storage)
     return "-".join(parts)

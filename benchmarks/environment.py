@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,20 @@ def machine(folder: Path) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of Python and of the packages that take part."""
     return {"python": platform.python_version(), **{name: _version(name) for name in (*TAKING_PART, *PEERS)}}
+
+
+def checkout() -> dict[str, Any] | None:
+    """The commit that runs, and whether files differ from it; None where this is no git checkout."""
+    root = Path(__file__).parent.parent
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "src", "benchmarks"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def cores() -> int:
