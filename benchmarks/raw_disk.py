@@ -9,15 +9,14 @@ from pathlib import Path
 
 BLOCK = 16 << 20
 """Bytes of one request."""
-THREADS = 2
 HUGE_PAGE = 2 << 20
 
 
 class RawDisk:
     """Writes and reads files of one rank with ``O_DIRECT`` from memory that is aligned and warm."""
 
-    def __init__(self) -> None:
-        self._buffers = [huge_buffer(BLOCK) for _ in range(THREADS)]
+    def __init__(self, threads: int) -> None:
+        self._buffers = [huge_buffer(BLOCK) for _ in range(threads)]
 
     def write(self, path: Path, nbytes: int) -> None:
         """A file of ``nbytes``, rounded up to whole pages, durable on return."""
@@ -50,16 +49,17 @@ class RawDisk:
 
     def _in_parallel(self, nbytes: int, block: Callable[[memoryview, int], None]) -> None:
         failures: list[BaseException] = []
+        count = len(self._buffers)
 
         def work(number: int) -> None:
             view = self._buffers[number]
             try:
-                for offset in range(number * BLOCK, nbytes, THREADS * BLOCK):
+                for offset in range(number * BLOCK, nbytes, count * BLOCK):
                     block(view[: min(BLOCK, nbytes - offset)], offset)
             except BaseException as error:  # noqa: BLE001  # carried to the caller's thread
                 failures.append(error)
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:

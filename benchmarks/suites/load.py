@@ -16,7 +16,7 @@ from benchmarks.raw_disk import RawDisk
 from benchmarks.record import Target
 from benchmarks.states import State
 from benchmarks.suites import save
-from benchmarks.suites.save import RAW
+from benchmarks.suites.save import RAW, RAW_THREADS
 
 COLD, HOT = "load, cold", "load, hot"
 TARGETS = (
@@ -42,7 +42,9 @@ def work(bench: Bench, *, layout: str, gib: float) -> None:
             contender.save(state, bench.place(name))
     acts = {name: loading(bench, name, setting, contender, state) for name, contender in contenders.items()}
     if bench.options.storage == "local":
-        acts[RAW] = raw_read(bench, setting, state)
+        path = Path(bench.place(f"raw-{bench.rank}"))
+        RawDisk(1).write(path, -(-state.nbytes // bench.world))
+        acts |= {name: raw_read(bench, name, setting, state, path, count) for name, count in RAW_THREADS.items()}
     bench.rounds(acts)
 
 
@@ -63,15 +65,13 @@ def loading(bench: Bench, name: str, setting: str, contender: Contender, state: 
     return once
 
 
-def raw_read(bench: Bench, setting: str, state: State) -> Any:
+def raw_read(bench: Bench, name: str, setting: str, state: State, path: Path, threads: int) -> Any:
     """The same bytes by the same processes with nothing done to them."""
-    disk = RawDisk()
-    path = Path(bench.place(f"raw-{bench.rank}"))
-    disk.write(path, -(-state.nbytes // bench.world))
+    disk = RawDisk(threads)
 
     def once() -> None:
         bench.forget(str(bench.options.folder))
-        with bench.timed(COLD, setting, RAW, nbytes=state.nbytes):
+        with bench.timed(COLD, setting, name, nbytes=state.nbytes):
             disk.read(path)
 
     return once
