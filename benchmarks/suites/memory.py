@@ -38,7 +38,9 @@ def launches(options: Options) -> Iterable[Launch]:
     for repeat in range(1, options.repeats + 1):
         for gib in sizes:
             for kind, names in (("sync", SYNC), ("async", ASYNC)):
-                for name in filter(options.wants, names):
+                chosen = [name for name in names if options.wants(name)]
+                turn = repeat % max(1, len(chosen))
+                for name in chosen[turn:] + chosen[:turn]:
                     yield Launch(options.ranks or 2, {"gib": gib, "kind": kind, "name": name, "repeat": repeat})
 
 
