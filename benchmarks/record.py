@@ -6,6 +6,9 @@ from statistics import median
 from typing import Any
 
 HIGHER_IS_BETTER = ("steps/s",)
+ENOUGH = 5
+"""Counted repeats that each side of a verdict needs."""
+MET, MISSED, TOO_FEW = "met", "MISSED", "too few repeats"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Target:
             bottom = _best(here, *self.bottom) if self.bottom else None
             if top is None or (self.bottom and bottom is None):
                 continue
+            counted = min(row.counted for row in (top, bottom) if row is not None)
             reached = top.median / (bottom.median if bottom else top.nbytes if self.per_byte else 1.0)
             verdicts.append(
                 {
@@ -80,11 +84,16 @@ class Target:
                     "at_most": self.at_most,
                     "reached": reached,
                     "unit": "" if bottom or self.per_byte else top.unit,
-                    "met": (self.at_least is None or reached >= self.at_least)
-                    and (self.at_most is None or reached <= self.at_most),
+                    "counted": counted,
+                    "verdict": self._verdict(reached) if counted >= ENOUGH else TOO_FEW,
                 }
             )
         return verdicts
+
+    def _verdict(self, reached: float) -> str:
+        low = self.at_least is not None and reached < self.at_least
+        high = self.at_most is not None and reached > self.at_most
+        return MISSED if low or high else MET
 
 
 def rows_of(measurements: Iterable[Measurement]) -> list[Row]:
@@ -141,9 +150,8 @@ def table(rows: Sequence[Row], verdicts: Sequence[dict[str, Any]]) -> str:
         lines.append(f"{named:{width}}" + "".join(f"{text:>11}" for text in (*figures, speed, cpu, memory)))
     lines.append("")
     for verdict in verdicts:
-        word = "met   " if verdict["met"] else "MISSED"
         reached = _figure(verdict["reached"], verdict["unit"])
-        lines.append(f"{word} {reached:>11}  {verdict['target']}  [{verdict['setting']}]")
+        lines.append(f"{verdict['verdict']:{len(TOO_FEW)}} {reached:>11}  {verdict['target']}  [{verdict['setting']}]")
     return "\n".join(lines)
 
 
