@@ -1,9 +1,8 @@
 """Real gloo processes that live through a whole test session, one set per world size.
 
 Importing torch costs seconds, so that is done once, in a server from which processes fork (`context`), and a rank runs
-many cases. A case is a module-level function
-of an importable module; it gets its rank and the arguments, and what it returns or raises comes back by rank. A case
-that hangs kills its processes and fails; the next one starts new ones.
+many cases. A case is a module-level function of an importable module; it gets its rank and the arguments, and what it
+returns or raises comes back by rank. A case that hangs kills its processes and fails; the next one starts new ones.
 """
 
 import importlib
@@ -143,6 +142,18 @@ def _serve(rank: int, size: int, port: int, pipe: multiprocessing.connection.Con
         except BaseException as error:  # noqa: BLE001 - whatever it is, the test wants to see it
             result = Failed(None, type(error).__name__, str(error), traceback.format_exc())
         pipe.send(result)
+        _drop_groups()
+
+
+def _drop_groups() -> None:
+    """Destroy the groups that a case has made: gloo has two threads poll for each, and hundreds keep a machine busy."""
+    import torch.distributed as dist
+
+    from shardckpt.reader import rounds
+
+    kept = {dist.group.WORLD, *rounds._groups.values()}
+    for group in [group for group in dist.distributed_c10d._world.pg_map if group not in kept]:
+        dist.destroy_process_group(group)
 
 
 _worlds: dict[int, World] = {}

@@ -9,7 +9,6 @@ his own or in another thread while we are at it, and it would not be known after
 
 import gc
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -17,8 +16,6 @@ from typing import Final
 _NEVER: Final = (1 << 31) - 1
 """More objects than are made meanwhile, and a threshold by which we know that nobody else has set one since."""
 
-# A collection, or the end of a traceback, may end a `held_off` that was interrupted within another one.
-_lock = threading.RLock()
 _holders: set[object] = set()
 _found = gc.get_threshold()
 
@@ -41,27 +38,28 @@ def held_off() -> Iterator[None]:
             raise
 
 
+# Without a lock, which an interrupt could leave taken: each step is whole, and whoever leaves last finds nobody there.
+# Where one comes as another leaves, the collector may run for once.
+
+
 def _begin(holder: object) -> None:
     global _found
-    with _lock:
-        if not _holders:
-            _found = gc.get_threshold()
-        _holders.add(holder)
-        gc.set_threshold(_NEVER, *_found[1:])
+    found = gc.get_threshold()
+    if found[0] != _NEVER:
+        _found = found
+    _holders.add(holder)
+    gc.set_threshold(_NEVER, *_found[1:])
 
 
 def _end(holder: object) -> None:
     """May be called again, if it was interrupted."""
-    with _lock:
-        _holders.discard(holder)
-        if not _holders and gc.get_threshold()[0] == _NEVER:
-            gc.set_threshold(*_found)
+    _holders.discard(holder)
+    if not _holders and gc.get_threshold()[0] == _NEVER:
+        gc.set_threshold(*_found)
 
 
 def _in_forked_child() -> None:
     """The threads that held it off are not in the child, which would never collect."""
-    global _lock
-    _lock = threading.RLock()
     for holder in tuple(_holders):
         _end(holder)
 
