@@ -298,10 +298,10 @@ class Heated(LocalStorage):
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("hot", [True, False])
-def test_hot_or_not_nothing_is_placed_unverified(
+def test_hot_or_not_nothing_is_taken_unverified(
     storage: LocalStorage, pool: StagingPool, codec: tuple[str, int] | None, hot: bool
 ) -> None:
-    """However bytes come, a damaged block is found before any of it is placed, and all that is read is counted."""
+    """However bytes come, a damaged block is found, nothing after it is placed, and all that is read is counted."""
     tensor = noise(5 * DIGEST_BLOCK + 4099, dtype=torch.uint8)
     tensors = {"odd": noise(1001, dtype=torch.uint8), "a": tensor, **{f"{n:03}": noise(9) for n in range(100)}}
     manifest = save(storage, tensors, pool, codec=codec)
@@ -323,10 +323,79 @@ def test_hot_or_not_nothing_is_placed_unverified(
     with pytest.raises(CorruptCheckpointError, match="'a' in .* is damaged"):
         read_targets(manifest, heated, only, pool=pool, threads=1)
     blocks = only[0].tensor[: 5 * DIGEST_BLOCK].view(5, DIGEST_BLOCK).any(dim=1).tolist()
-    intact = blocks.index(False)
-    assert blocks == [index < intact for index in range(5)]
-    assert intact == (0 if not hot else 3 if codec is None else intact)
+    reached = blocks.index(False)
+    assert blocks == [index < reached for index in range(5)]
+    # What the cache has is verified where it belongs, so the damaged block is the last that was placed.
+    straight = hot and codec is None
+    assert reached == (4 if straight else reached if hot else 0)
+    intact = reached - straight
     assert torch.equal(only[0].tensor[: intact * DIGEST_BLOCK], tensor[: intact * DIGEST_BLOCK])
+
+
+class Placing(LocalStorage):
+    """A directory that notes to which of the `targets` reads went straight; the page cache has all of it or none."""
+
+    def __init__(self, directory: str, targets: Sequence[Target], *, hot: bool) -> None:
+        super().__init__(directory)
+        self.hot = hot
+        self.straight: set[str] = set()
+        self._targets = targets
+
+    def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
+        address = torch.frombuffer(into, dtype=torch.uint8).data_ptr()
+        for fqn, _, tensor in self._targets:
+            start = tensor.untyped_storage().data_ptr()
+            if start <= address < start + tensor.untyped_storage().nbytes():
+                assert address + len(into) <= start + tensor.untyped_storage().nbytes()
+                self.straight.add(fqn)
+        super().read_into(name, offset, into, cached=cached)
+
+    def in_cache(self, name: str, offset: int, nbytes: int) -> bool:
+        return self.hot
+
+
+@pytest.mark.parametrize(("hot", "has_cache"), [(True, True), (False, True), (False, False)])
+def test_bytes_go_straight_to_where_they_belong_as_they_are(
+    storage: LocalStorage, pool: StagingPool, hot: bool, has_cache: bool
+) -> None:
+    """Copies are spared exactly where a whole target run takes whole blocks, and the result is the same."""
+    rows = 3 * DIGEST_BLOCK // 1024
+    tensors = {name: noise(rows, 256) for name in ("whole", "rows", "columns", "turned", "twice", "double")}
+    tensors["small"] = noise(100)
+    manifest = save(storage, tensors, pool)
+
+    def part(name: str, box: Box, tensor: torch.Tensor) -> Target:
+        return Target(name, box, tensor)
+
+    below = rows - 100
+    targets = [
+        whole("whole", torch.zeros(rows, 256)),
+        part("rows", Box((100, 0), (below, 256)), torch.zeros(below, 256)),
+        part("columns", Box((0, 3), (rows, 200)), torch.zeros(rows, 200)),
+        whole("turned", torch.zeros(256, rows).t()),
+        whole("twice", torch.zeros(rows, 256)),
+        whole("twice", torch.zeros(rows, 256)),
+        whole("double", torch.zeros(rows, 256, dtype=torch.float64)),
+        whole("small", torch.zeros(100)),
+    ]
+    placing = Placing(storage.directory, targets, hot=hot)
+    if not has_cache:
+        placing.read_cache = ""
+    read_targets(manifest, placing, targets, pool=pool, convert_dtype=True)
+    for fqn, box, tensor in targets:
+        wanted = tensors[fqn][slices(box)].to(tensor.dtype)
+        assert torch.equal(raw(tensor.contiguous()), raw(wanted.contiguous())), fqn
+    if hot:
+        assert placing.straight == {"whole", "rows"}
+    elif has_cache:
+        assert not placing.straight
+    else:
+        assert placing.straight <= {"whole", "rows"}
+        alone = [whole("whole", torch.zeros(rows, 256))]
+        placing = Placing(storage.directory, alone, hot=hot)
+        placing.read_cache = ""
+        read_targets(manifest, placing, alone, pool=pool)
+        assert placing.straight == {"whole"}
 
 
 @pytest.mark.parametrize("has_cache", [True, False])
@@ -413,17 +482,18 @@ def test_neighbours_are_read_together(storage: LocalStorage, pool: StagingPool) 
 
 
 def test_reads_are_aligned(storage: LocalStorage, pool: StagingPool) -> None:
-    """Reads may go past the page cache: offsets are multiples of a page, and lengths up to the end of the file."""
+    """Reads past the page cache: offsets are multiples of a page, and lengths up to the end of the file."""
     manifest = save(storage, {"a": noise(3_000_000), "b": noise(7), "c": noise(3_000_001)}, pool)
     seen: list[tuple[int, int]] = []
 
-    class Watching(CountingStorage):
+    class Watching(Heated):
         def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
+            assert not cached
             seen.append((offset, len(into)))
             super().read_into(name, offset, into, cached=cached)
 
     targets = [whole("a", torch.empty(3_000_000)), whole("c", torch.empty(3_000_001))]
-    read_targets(manifest, Watching(storage), targets, pool=pool)
+    read_targets(manifest, Watching(storage.directory, hot=False), targets, pool=pool)
     end = manifest.files[0].size
     assert len(seen) > 2
     for offset, nbytes in seen:

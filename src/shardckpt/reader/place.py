@@ -1,5 +1,6 @@
 """Copying stored elements into the tensors that want them."""
 
+import ctypes
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,13 @@ class Placement:
             first, stop = (0, volume) if target.box == overlap else contiguous_span(target.box, overlap)
             if stop - first == volume and not tensor.is_conj() and not tensor.is_neg():
                 self._address = tensor.data_ptr() + first * self._itemsize
+
+    def window(self, start: int, stop: int) -> memoryview | None:
+        """The target's memory for the stored elements `start` to `stop`, if all belong there as they are stored."""
+        if not self._address or start < self.start or stop > self.stop:
+            return None
+        address = self._address + (start - self.start) * self._itemsize
+        return memoryview((ctypes.c_uint8 * ((stop - start) * self._itemsize)).from_address(address)).cast("B")
 
     def copy(self, raw: torch.Tensor, dtype: torch.dtype, at: int) -> None:
         """Copy what this placement wants of stored elements: the box's from number `at` on, row-major.

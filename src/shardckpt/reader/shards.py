@@ -111,12 +111,22 @@ class Piece:
             wanted = union(run for box in inner for run in cells_of(self.box.lengths, box, self._itemsize))
         return Extent(self.offset, self.nbytes, entry.frames, wanted, self)
 
-    def verify(self, run: "Run[Piece]", block: Block, start: int) -> None:
-        """Compare cells with their digests. `block` holds the file's bytes from `start` on."""
+    def window(self, run: "Run[Piece]") -> memoryview | None:
+        """The memory of the one target that wants these cells, where their bytes belong there as they are; else None.
+
+        Of less than a cell too: the state that a damaged file leaves is a broken one, which small states needn't be.
+        """
+        if self._compressed or len(self.placements) != 1 or run.stop_byte - run.start_byte < DIGEST_BLOCK:
+            return None
+        start = run.first * DIGEST_BLOCK // self._itemsize
+        return self.placements[0].window(start, start + (run.stop_byte - run.start_byte) // self._itemsize)
+
+    def verify(self, run: "Run[Piece]", memory: memoryview, start: int) -> None:
+        """Compare cells with their digests. `memory` holds the file's bytes from `start` on."""
         at = run.start_byte
         for cell, expected in enumerate(parse_digests(self._digests[16 * run.first : 16 * run.stop]), run.first + 1):
             stop = run.stop_byte if cell == run.stop else run.extent.start_of(cell)
-            found = digest(block.memory[at - start : stop - start])
+            found = digest(memory[at - start : stop - start])
             if found != expected:
                 expected_text, found_text = digests_text([expected]), digests_text([found])
                 raise self._error(

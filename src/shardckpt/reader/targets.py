@@ -18,7 +18,7 @@ from shardckpt.errors import StateMismatchError, UsageError
 from shardckpt.garbage import held_off
 from shardckpt.manifest import Manifest
 from shardckpt.reader.common import Crowd
-from shardckpt.reader.fetch import PAGE, Extent, Range, ranges, steps, union
+from shardckpt.reader.fetch import PAGE, Extent, Range, Run, ranges, steps, union
 from shardckpt.reader.place import Placement, Target
 from shardckpt.reader.plan import ReadPlan
 from shardckpt.reader.shards import Piece, ShardFile
@@ -55,9 +55,10 @@ class ReadStats:
 class Reading:
     """What one rank reads for its targets, at once or in parts. Nothing is read before it is asked for.
 
-    Only files and digest blocks that hold wanted elements are read, and nothing is placed before it has been verified.
-    Before the first byte is placed, all needed files are known to exist with the right size. An error up to then has
-    changed nothing, and ``stats.placing`` is False.
+    Only files and digest blocks that hold wanted elements are read, and all of them are verified: in a block of memory
+    before they are placed, or, whole blocks that need not be read past a cache, in the target that they were read to.
+    Before that all needed files are known to exist with the right size. An error up to then has changed nothing, and
+    ``stats.placing`` is False; after one that comes later, targets may hold anything.
 
     All that reads raises CorruptCheckpointError where a file is missing (then the cause is an ObjectNotFoundError), has
     the wrong size, or does not match its digests, which names the tensor, the file and the byte; and StorageError where
@@ -190,29 +191,47 @@ class Reading:
     def _read(self, work: tuple[ShardFile, Range[Piece]], *, cached: bool) -> None:
         """Read one range, and verify and place what it holds; `cached` is for what is not in a cache yet."""
         file, wanted = work
-        block = self._budget.acquire()
-        try:
-            if file.in_cache(wanted.start, wanted.stop):
-                for step in steps(wanted):
-                    self._read_at_once(file, step, block, cached=True)
-            else:
-                self._read_at_once(file, wanted, block, cached=cached)
-        finally:
-            block.release()
+        in_cache = file.in_cache(wanted.start, wanted.stop)
+        # What is read past the page cache has to be aligned; the rest may as well be read to where it belongs.
+        anywhere = in_cache or cached or not self.plan.storage.read_cache
+        for part in steps(wanted) if in_cache else (wanted,):
+            window = _window(part) if anywhere else None
+            if window is not None:
+                self._read_into_place(file, part.runs[0], window)
+                continue
+            block = self._budget.acquire()
+            try:
+                self._read_through(file, part, block, cached=in_cache or cached)
+            finally:
+                block.release()
 
-    def _read_at_once(self, file: ShardFile, wanted: Range[Piece], block: Block, *, cached: bool) -> None:
+    def _read_into_place(self, file: ShardFile, run: Run[Piece], window: memoryview) -> None:
+        self.stats.placing = True
+        file.read_into(run.start_byte, window, cached=True)
+        self.stats.count(len(window))
+        run.extent.subject.verify(run, window, run.start_byte)
+
+    def _read_through(self, file: ShardFile, wanted: Range[Piece], block: Block, *, cached: bool) -> None:
         stop = min(-(-wanted.stop // PAGE) * PAGE, file.size)
         memory = block.memory[: stop - wanted.start]
         file.read_into(wanted.start, memory, cached=cached)
         self.stats.count(len(memory))
         with self.mode():
             for run in wanted.runs:
-                run.extent.subject.verify(run, block, wanted.start)
+                run.extent.subject.verify(run, memory, wanted.start)
                 self.stats.placing = True
                 run.extent.subject.place(run, block, wanted.start)
 
     def _all_targets(self) -> Iterator[Target]:
         return chain.from_iterable(self.targets.values())
+
+
+def _window(wanted: Range[Piece]) -> memoryview | None:
+    """The target's own memory for what a range holds, where that is one run which belongs there as it is stored."""
+    if len(wanted.runs) != 1:
+        return None
+    (run,) = wanted.runs
+    return run.extent.subject.window(run)
 
 
 def _check_target(manifest: Manifest, target: Target, convert_dtype: bool) -> None:
