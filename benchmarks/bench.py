@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from benchmarks import process
 from benchmarks.options import Options
-from benchmarks.raw_disk import drop_from_cache, read_into_cache
+from benchmarks.raw_disk import drop_from_cache, part_in_cache, read_into_cache
 from benchmarks.record import Measurement
 
 BUCKET = "s3://shardckpt-benchmarks"
@@ -74,6 +74,14 @@ class Bench:
     def warm(self, place: str) -> None:
         """Bring what is stored at ``place`` into the page cache, all of it."""
         self._on_files(place, read_into_cache)
+
+    def part_in_cache(self, place: str) -> float:
+        """Which part of what is stored at ``place`` the page cache of rank 0's host has."""
+        part = torch.zeros((), dtype=torch.float64)
+        if self.rank == 0 and "://" not in place:
+            part.fill_(part_in_cache(Path(place)))
+        dist.broadcast(part, 0)
+        return float(part)
 
     def _on_files(self, place: str, act: Callable[[Path], None]) -> None:
         dist.barrier()

@@ -183,7 +183,15 @@ def loaders(group: dist.ProcessGroup, storage: str) -> dict[str, Contender]:
     return found
 
 
-ASYNC = ("shardckpt", "shardckpt, prepared", "DCP, thread", "DCP, thread, kept stager", "DCP, process, kept stager")
+OVERLAP = "shardckpt, overlap='step'"
+ASYNC = (
+    "shardckpt",
+    "shardckpt, prepared",
+    OVERLAP,
+    "DCP, thread",
+    "DCP, thread, kept stager",
+    "DCP, process, kept stager",
+)
 
 
 def async_contender(name: str, group: dist.ProcessGroup) -> AsyncContender:
@@ -193,6 +201,6 @@ def async_contender(name: str, group: dist.ProcessGroup) -> AsyncContender:
             return Shardckpt()
         case "shardckpt, prepared":
             return PreparedShardckpt()
-        case "shardckpt, overlap='step'":
+        case name if name == OVERLAP:
             return Shardckpt(overlap="step")
     return AsyncDcp(group, process="process" in name, keep="kept" in name)

@@ -90,6 +90,22 @@ def drop_from_cache(folder: Path) -> None:
                 os.close(file)
 
 
+def part_in_cache(folder: Path) -> float:
+    """Which part of the bytes of all files below ``folder`` the page cache has, 0 to 1."""
+    pages = found = 0
+    for path in folder.rglob("*"):
+        if path.is_file() and (size := path.stat().st_size):
+            with path.open("rb") as file, mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE) as mapping:
+                count = -(-size // mmap.PAGESIZE)
+                present = (ctypes.c_ubyte * count)()
+                first = ctypes.c_char.from_buffer(mapping)
+                failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), size, present)
+                del first  # a mapping that something points into cannot be closed
+            assert not failed, f"the kernel does not say what it has of {path}"
+            pages, found = pages + count, found + sum(state & 1 for state in present)
+    return found / max(1, pages)
+
+
 def read_into_cache(folder: Path) -> None:
     """Read every file below ``folder`` once, so that all of it is in the page cache."""
     for path in folder.rglob("*"):

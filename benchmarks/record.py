@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-HIGHER_IS_BETTER = ("steps/s",)
+HIGHER_IS_BETTER = ("steps/s", "x")
 ENOUGH = 5
 """Counted repeats that each side of a verdict needs."""
 MET, MISSED, TOO_FEW = "met", "MISSED", "too few repeats"
@@ -161,7 +161,7 @@ def _figure(value: float, unit: str) -> str:
             return f"{value:.4f} s"
         case "B":
             return f"{value / 2**20:.1f} MiB"
-        case "":
+        case "" | "x":
             return f"{value:.3g}"
     return f"{value:.1f}"
 

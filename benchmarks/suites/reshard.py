@@ -80,7 +80,8 @@ def work(bench: Bench, *, gib: float, what: str = "", repeats: Sequence[int] = (
     setting = f"{size_text(gib)}, {bench.options.storage}"
     for repeat in (0, *repeats):
         bench.repeat = repeat
-        for name in contenders if repeat % 2 else reversed(contenders):
+        turn = repeat % max(1, len(contenders))
+        for name in [*contenders][turn:] + [*contenders][:turn]:
             place = bench.place(f"{_saver(name)}-by-{saved}")
             load_cold(bench, (what, setting, name), contenders[name], state, place, placement)
 
