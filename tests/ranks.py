@@ -8,6 +8,7 @@ returns or raises comes back by rank. A case that hangs kills its processes and 
 import importlib
 import multiprocessing
 import multiprocessing.connection
+import os
 import sys
 import time
 import traceback
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -24,7 +25,10 @@ TESTS = str(Path(__file__).parent)
 
 
 PRELOADED = ("torch.distributed.fsdp", "torch.distributed.tensor.parallel", "shardckpt", "lightning.pytorch")
-"""What the server of processes has imported: none of it starts a thread. What is not installed is left out."""
+"""What the server of processes has imported. What is not installed is left out."""
+SPAWNED: Final = 3
+"""Ranks of the world whose processes start from scratch, each with hashes of strings of its own, as users' ranks have:
+what forks from one server has one order of sets in all ranks, and no test would see a plan that depends on it."""
 
 
 def context() -> Any:
@@ -38,8 +42,6 @@ def context() -> Any:
 class Failed:
     """What a rank raised."""
 
-    error: BaseException | None
-    """None where the error itself could not be pickled."""
     kind: str
     text: str
     trace: str
@@ -93,11 +95,13 @@ class World:
     def _start(self) -> None:
         if self._processes:
             return
-        processes = context()
+        processes = multiprocessing.get_context("spawn") if self.size == SPAWNED else context()
         port = _free_port()
         for rank in range(self.size):
             ours, theirs = processes.Pipe()
-            process = processes.Process(target=_serve, args=(rank, self.size, port, theirs, TESTS), daemon=True)
+            process = processes.Process(
+                target=_serve, args=(rank, self.size, port, theirs, TESTS, dict(os.environ)), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -121,8 +125,12 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _serve(rank: int, size: int, port: int, pipe: multiprocessing.connection.Connection, tests: str) -> None:
+def _serve(
+    rank: int, size: int, port: int, pipe: multiprocessing.connection.Connection, tests: str, environ: dict[str, str]
+) -> None:
     sys.path.insert(0, tests)
+    os.environ.clear()  # the server's, which is that of the first test that started one
+    os.environ.update(environ)
     import torch
     import torch.distributed as dist
 
@@ -140,9 +148,9 @@ def _serve(rank: int, size: int, port: int, pipe: multiprocessing.connection.Con
                 function = getattr(function, part)
             result = function(rank, *args, **options)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the test wants to see it
-            result = Failed(None, type(error).__name__, str(error), traceback.format_exc())
-        pipe.send(result)
+            result = Failed(type(error).__name__, str(error), traceback.format_exc())
         _drop_groups()
+        pipe.send(result)
 
 
 def _drop_groups() -> None:

@@ -574,6 +574,41 @@ def test_a_save_that_gets_no_thread_fails_on_all_ranks(tmp_path, monkeypatch):
     check_gone_and_again(engine, tmp_path / "ck", monkeypatch)
 
 
+def test_an_interrupt_before_staging_ends_the_save(tmp_path, monkeypatch):
+    """Ctrl-C just as staging begins leaves no background that waits for it, and a process that can end."""
+    engine = Checkpointer()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(halves._Staging, "begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.async_save(state(1), tmp_path / "ck")
+    with pytest.raises(shardckpt.SaveFailedError, match="KeyboardInterrupt"):
+        engine.wait()
+    check_gone_and_again(engine, tmp_path / "ck", monkeypatch)
+
+
+def test_an_interrupt_at_the_start_of_the_background_keeps_its_job(monkeypatch):
+    """Ctrl-C while the thread starts: the job is done, and waited for, since other ranks count on it."""
+    background, go, done = Background(), threading.Event(), threading.Event()
+    start = threading.Thread.start
+
+    def interrupted(self: threading.Thread) -> None:
+        start(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            background.submit(lambda: (go.wait(30), done.set()))
+    assert background.busy
+    go.set()
+    background.wait()
+    assert done.is_set()
+
+
 def test_what_another_rank_spoils_is_taken_back(tmp_path, monkeypatch):
     """Rank 0 has opened the place when another rank fails to come: no marker, no lease and no directory is left."""
     solo = coordinator._SoloOperation

@@ -2,6 +2,7 @@
 
 import io
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,34 @@ def test_parameters_of_plain_dicts_come_back_as_tensors(tmp_path):
     shardckpt.load(tmp_path / "ck", live)
     assert live["p"] is p
     assert torch.equal(p, torch.ones(2))
+
+
+class Holder:
+    """An object that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.kept
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        self.kept = state_dict
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_was_read_is_let_go_while_it_is_moved(tmp_path: Path, in_place: bool) -> None:
+    """Moving a state elsewhere takes no second copy of all of it: each tensor goes once it has been moved."""
+    saved = Holder()
+    saved.kept = {str(number): torch.rand(1000) for number in range(4)}
+    shardckpt.save({"held": saved}, tmp_path / "ck")
+    moved: list[weakref.ref[Any]] = []
+    gone: list[int] = []
+
+    def move(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        gone.append(sum(one() is None for one in moved))
+        moved.append(weakref.ref(storage))
+        return storage.clone()
+
+    shardckpt.load(tmp_path / "ck", {"held": Holder()} if in_place else None, map_location=move)
+    assert gone == [0, 1, 2, 3]

@@ -381,3 +381,30 @@ def test_modules_and_copies_stay_usable(saved):
     shardckpt.save({"model": live}, path)
     assert equal(live.to(torch.float32), model)
     assert isinstance(live.turned, Tensor)
+
+
+class Padded(nn.Module):
+    """A module whose state dict shows a parameter otherwise than it is."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(rows, 3))
+        self.second = nn.Parameter(torch.arange(6.0).reshape(2, 3))
+        self.register_state_dict_post_hook(_pad)
+
+
+def _pad(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    first = state_dict[prefix + "first"]
+    state_dict[prefix + "first"] = torch.cat([first, torch.full((2, 3), 5.0, device=first.device)])
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_what_a_state_dict_shows_otherwise_is_not_materialised(tmp_path: Path, rows: int) -> None:
+    """A meta parameter cannot become what a hook makes of it; and its neighbours never get its bytes."""
+    shardckpt.save({"model": Padded(rows)}, tmp_path / "ck")
+    with torch.device("meta"):
+        model = Padded(rows)
+    with pytest.raises(StateMismatchError, match=r"model\.first: of shape .* materialise it first"):
+        shardckpt.load(tmp_path / "ck", {"model": model})
+    assert model.first.is_meta
+    assert model.second.is_meta

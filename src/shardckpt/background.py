@@ -124,11 +124,17 @@ class Background:
         """Run ``job`` after those submitted before it. It must not raise."""
         self.check_fork()
         with self._state:
-            if not self._running:
-                # Where no thread can be started nothing has been promised yet.
-                threading.Thread(target=self._run, name="shardckpt-background", daemon=False).start()
-                self._running = True
             self._jobs.append(job)
+            if self._running:
+                return
+            # Before it starts: an interrupt in `start` finds the thread started, and the job its.
+            self._running = True
+            try:
+                threading.Thread(target=self._run, name="shardckpt-background", daemon=False).start()
+            except RuntimeError:  # no thread can be had, and nothing has been promised yet
+                self._running = False
+                self._jobs.pop()
+                raise
 
     def wait(self) -> None:
         """Until nothing is left to do."""

@@ -172,7 +172,8 @@ class OpenCheckpoint:
             self._read_objects(match, map_location, weights_only)
             live = [Wanted(tensor.fqn, box) for tensor in match.live() for box in tensor.boxes]
             reading = self._prepare(match, live, convert_dtype=convert_dtype, stats=stats)
-            checked.word = opening(reading, self._share_reads)
+            if operation.world_size > 1:
+                checked.word = opening(reading, self._share_reads)
         per_rank: dict[str, list[Any]] = {}
         if self.manifest.per_rank and operation.world_size != self.manifest.world_size:
             with turn(operation, "resize", self._patience):
@@ -182,6 +183,7 @@ class OpenCheckpoint:
         telling = _telling(self.path, lambda: (stats.placing and bool(match.targets)) or others_may_have)
         with turn(operation, "restore", self._patience), telling:
             read_together(reading, checked.heard, operation, patience=self._patience)
+            del reading  # it holds what was read, of which `settle` may make copies elsewhere
             match.settle()
         # In a turn of its own: a module's loading code may hold collectives, and wait for a rank that could not read.
         with turn(operation, "place", self._patience), _telling(self.path, lambda: True):
@@ -289,10 +291,11 @@ class OpenCheckpoint:
         whole = [Wanted(fresh.fqn, full_box(fresh.entry.shape)) for fresh in match.fresh]
         reading = self._prepare(match, [wanted for wanted in whole if wanted.box.volume])
         reading.alone()
+        stats = reading.stats
+        del reading  # it holds what was read, of which `settle` may make copies elsewhere
         match.settle()
-        return reading.stats
+        return stats
 
-    @held_off()
     def _prepare(
         self,
         match: Match,
@@ -305,9 +308,9 @@ class OpenCheckpoint:
         plan = ReadPlan(self.manifest, self.storage, known)
         # What isn't there needs no memory.
         plan.check()
-        with self._enough_memory():
+        with self._enough_memory(), held_off():
             tensors = match.allocate()
-        targets = [Target(t.fqn, box, view) for t in tensors for box, view in zip(t.boxes, t.views, strict=True)]
+            targets = [Target(t.fqn, box, view) for t in tensors for box, view in zip(t.boxes, t.views, strict=True)]
         plan.add([Wanted(target.fqn, target.box) for target in targets[len(known) :]])
         plan.check()
         return Reading(plan, targets, pool=self._pool, convert_dtype=convert_dtype, stats=stats)
@@ -317,7 +320,9 @@ class OpenCheckpoint:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            raise LoadFailedError(f"{self.path}: no memory for what is to be restored: {first_line(error)}.") from error
+            raise LoadFailedError(
+                f"{self.path}: no memory for what is to be restored: {first_line(error)}. Nothing was changed."
+            ) from error
 
     def _read_objects(self, match: Match, map_location: MapLocation, weights_only: bool | None) -> None:
         for path in match.objects:

@@ -27,6 +27,21 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[str, st
     return found
 
 
+def test_processes_are_as_users_have_them(monkeypatch):
+    """Ranks of one world order sets each in its own way, and processes have the environment of when they start."""
+    hashes = [found for found, _ in ranks.world(ranks.SPAWNED).run(cases.surroundings, "")]
+    assert len(set(hashes)) == ranks.SPAWNED
+    for value in ("first", None):
+        monkeypatch.delenv("SHARDCKPT_TEST", raising=False)
+        if value is not None:
+            monkeypatch.setenv("SHARDCKPT_TEST", value)
+        alone = ranks.World(1)
+        try:
+            assert alone.run(cases.surroundings, "SHARDCKPT_TEST")[0][1] == value
+        finally:
+            alone.stop()
+
+
 @pytest.mark.parametrize("target", SIZES)
 @pytest.mark.parametrize("source", SIZES)
 def test_any_world_size_restores_any_other_bitwise(written, source, target):

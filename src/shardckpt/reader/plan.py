@@ -28,8 +28,9 @@ class ReadPlan:
         """With their files, by stored name and number of the stored box."""
         self._files: dict[int, ShardFile] = {}
         self._boxes: dict[str, list[Box]] = {}
+        self.wanted: Final[list[Wanted]] = []
+        """All that was added, in that order; pieces refer to it by number."""
         self._checked = 0
-        self._count = 0
         self.add(wanted)
 
     @property
@@ -54,8 +55,8 @@ class ReadPlan:
             if entry not in self.pieces:
                 self.pieces[entry] = self._new_piece(name, item.shard)
             _, piece = self.pieces[entry]
-            piece.wanted.append((self._count + item.wanted, item.overlap))
-        self._count += len(wanted)
+            piece.wanted.append((len(self.wanted) + item.wanted, item.overlap))
+        self.wanted.extend(wanted)
 
     def stored_name(self, fqn: str) -> str:
         """The name under which a tensor is stored; raises StateMismatchError where it is not."""

@@ -83,6 +83,8 @@ class Reading:
         has a target's tensor in another dtype and `convert_dtype` is False; changing a complex dtype to a real one is
         always refused.
         """
+        same = [(target.fqn, target.box) for target in targets] == [(fqn, box) for fqn, box in plan.wanted]
+        assert same, "the plan is for these targets"
         # Inference tensors may be changed in inference mode only, and everything else may be there too.
         inference = any(target.tensor.is_inference() for target in targets)
         self.mode: Callable[[], AbstractContextManager[object]] = torch.inference_mode if inference else torch.no_grad

@@ -63,6 +63,8 @@ def write(
                 codec=codec,
                 listed=entries.listed(found) if codec is None else None,
             )
+        job = SaveJob(order, writer)
+        staging = _Staging(writer, found, pool, memory, order.operation.world_size)
     except BaseException as error:
         # The others are under way: this rank has to join them and say so.
         job = SaveJob(order, _told(error))
@@ -71,13 +73,14 @@ def write(
         if not isinstance(error, Exception):
             raise
         return job
-    job = SaveJob(order, writer)
-    staging = _Staging(writer, found, pool, memory, order.operation.world_size)
     overlap = None
-    if staging.needs_blocks_back:
-        submit(job)
     try:
+        if staging.needs_blocks_back:
+            submit(job)
         overlap = staging.begin(stepped, order.pending)
+    except BaseException as error:
+        writer.cancel(_told(error))  # whoever writes must not wait for more
+        raise
     finally:
         if not staging.needs_blocks_back:
             submit(job)

@@ -114,8 +114,8 @@ class Overlap:
                 pending.mark_staged()
                 _under_way.discard(pending)
 
-        _under_way.add(pending)
         try:
+            _under_way.add(pending)
             threading.Thread(target=run, name="shardckpt-stage").start()
         except RuntimeError:  # no thread can be had
             run()

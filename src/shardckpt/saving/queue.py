@@ -46,7 +46,10 @@ class Queue:
                 log.warning("could not remove %s: %s", storage.url, error)
 
         self._to_remove.append(storage.url)
-        self._background.submit(job)
+        try:
+            self._background.submit(job)
+        except RuntimeError:  # no thread can be started, so none is under way
+            job()
 
     def may_change(self, url: str) -> bool:
         """Whether a save to ``url`` is under way, or a removal of what is there has been asked for."""

@@ -108,6 +108,9 @@ class Series:
             # Some ranks could have shared the last save's shards, but not all.
             with turn(operation, "drain"):
                 self.queue.drain()
+        # Now: once there is a place for it the others count on this rank, and an interrupt would leave them waiting.
+        own = describe(flat, operation.world_size)
+        speaking = speaks(openings, rank)
         previous = None
         with turn(operation, "place") as placing:
             structure = self._plan(descriptions, openings, rank)
@@ -125,10 +128,10 @@ class Series:
             operation=operation,
             storage=storage,
             structure=structure,
-            speaks=speaks(openings, rank),
+            speaks=speaking,
             skeleton=flat.skeleton,
             objects=flat.objects,
-            own=describe(flat, operation.world_size),
+            own=own,
             previous=previous,
             commit_timeout=self._commit_timeout,
             called=request.called,

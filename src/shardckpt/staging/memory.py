@@ -27,7 +27,7 @@ ARENA_BLOCKS: Final = 16
 _HUGE_PAGES: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)
 _NOT_IN_CHILDREN: Final[int | None] = getattr(mmap, "MADV_DONTFORK", None)
 _CUDA_HOST_REGISTER_PORTABLE: Final = 1
-_CLOSED: Final = "This Checkpointer is closed; make a new one."
+_CLOSED: Final = "The Checkpointer that opened this has been closed since; open the checkpoint again."
 
 _mappings: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 _inherited: list[mmap.mmap] = []

@@ -128,7 +128,12 @@ class Matching(Maker):
         """Have a meta tensor read anew, and ``owner`` become that. Of several stored tensors the first counts."""
         fqn = self.manifest.aliases.get(name, name)
         other = self.materialised[id(owner)][1].fqn if id(owner) in self.materialised else None
-        if self.can_materialise(owner, path) and self.fits(live, name, path) and self._is_one(other, fqn, path):
+        if (
+            self.can_materialise(owner, path)
+            and self._describes(live, owner, path)
+            and self.fits(live, name, path)
+            and self._is_one(other, fqn, path)
+        ):
             entry = self.entry(name)
             fresh = Fresh(
                 fqn,
@@ -141,6 +146,19 @@ class Matching(Maker):
             if other is None:
                 self.materialised[id(owner)] = owner, fresh
         return lambda: self._installed(owner)
+
+    def _describes(self, live: Tensor, owner: Tensor, path: str) -> bool:
+        """Whether a meta tensor is what the state dict shows of it, so that what is read for that can become it."""
+        if live is owner:
+            return True
+        shown, held = (local_tensor(path, tensor, split=False) for tensor in (live, owner))
+        if (shown.shape, shown.boxes) == (held.shape, held.boxes):
+            return True
+        self.differences.mismatched.append(
+            f"{path}: of shape {held.shape} on the meta device, and the module's state dict shows {shown.shape},"
+            " or other parts; materialise it first (`module.to_empty(device=...)`)"
+        )
+        return False
 
     def can_materialise(self, live: Tensor, path: str) -> bool:
         """Whether a meta tensor can get data; the reason why not goes to the differences."""
