@@ -99,7 +99,9 @@ def part_in_cache(folder: Path) -> float:
                 count = -(-size // mmap.PAGESIZE)
                 present = (ctypes.c_ubyte * count)()
                 first = ctypes.c_char.from_buffer(mapping)
-                failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), size, present)
+                failed = ctypes.CDLL(None).mincore(
+                    ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(size), present
+                )
                 del first  # a mapping that something points into cannot be closed
             assert not failed, f"the kernel does not say what it has of {path}"
             pages, found = pages + count, found + sum(state & 1 for state in present)
