@@ -414,12 +414,10 @@ def unreadable(kind: str) -> Any:
     """One rank cannot read its part: all hear of it, and none waits in a collective for the other."""
     read = loading.read_together
 
-    def refusing(manifest: Any, storage: Any, targets: Any, *, operation: Any, **options: Any) -> Any:
-        def gone() -> Any:
+    def refusing(reading: Any, heard: Any, operation: Any, **options: Any) -> None:
+        if RANK == 1 and operation.world_size > 1:  # plain values have been read before, by each rank alone
             raise OSError(5, "the disk of this node is gone")
-
-        is_refused = RANK == 1 and operation.world_size > 1  # plain values have been read before, by each rank alone
-        return read(manifest, storage, gone if is_refused else targets, operation=operation, **options)
+        read(reading, heard, operation, **options)
 
     loading.read_together = refusing
     try:
