@@ -409,7 +409,7 @@ class LostAnswer(WrapperStorage):
         if self.lost and self.silent:
             raise BROKEN
 
-    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool | bytes, durable: bool = True) -> None:
         if name != "manifest.json":
             return super().put(name, data, replace=replace, durable=durable)
         if self.lands:

@@ -55,7 +55,7 @@ class _SilentAtCommit(WrapperStorage):
         if self.silent:
             raise BROKEN
 
-    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool | bytes, durable: bool = True) -> None:
         if name != "manifest.json" or self.lands:
             super().put(name, data, replace=replace, durable=durable)
         if name == "manifest.json":

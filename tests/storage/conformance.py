@@ -146,6 +146,30 @@ class StorageConformance:
         assert len(winners) == 1
         assert self.peek("lease") == b"%d" % winners[0]
 
+    def test_put_over_what_was_seen(self, storage: Storage) -> None:
+        """A manifest is replaced only while it is the one that was there when the save began."""
+        with pytest.raises(ObjectExistsError, match=r"manifest\.json"):
+            storage.put("manifest.json", b"new", replace=b"")
+        assert self.names() == set()
+        self.poke("manifest.json", b"old")
+        for wrong in (b"", b"other"):
+            with pytest.raises(ObjectExistsError, match=r"manifest\.json"):
+                storage.put("manifest.json", b"new", replace=wrong)
+        assert self.peek("manifest.json") == b"old"
+        storage.put("manifest.json", b"new", replace=b"old")
+        assert self.peek("manifest.json") == b"new"
+        assert self.names() == {"manifest.json"}
+
+    def test_front_last(self, storage: Storage) -> None:
+        """The first piece of a compressed shard comes after all others, since only then the header is known."""
+        data = noise(3 * BLOCK + 7)
+        first, *others = pieces(data)
+        writer = storage.create("rank", len(data), front_last=True)
+        for piece in (*others, first):
+            writer.write(*piece)
+        writer.commit()
+        assert self.peek("rank") == data
+
     def test_get_limit(self, storage: Storage) -> None:
         """A hostile checkpoint cannot make a load allocate without bound."""
         self.poke("manifest.json", noise(1000))

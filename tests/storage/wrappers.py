@@ -15,16 +15,17 @@ class WrapperStorage:
     def __init__(self, inner: Storage) -> None:
         self.inner = inner
         self.url = inner.url
+        self.width = inner.width
         self.read_cache = ""  # as if it were another machine's
 
     def called(self, method: str, name: str, nbytes: int) -> None:
         """Hear of a call before it is passed on: ``method`` is ``put``, ``read_into``, ``writer.commit`` and so on."""
 
-    def create(self, name: str, size_hint: int) -> ObjectWriter:
+    def create(self, name: str, size_hint: int, *, front_last: bool = False) -> ObjectWriter:
         self.called("create", name, size_hint)
-        return WrapperWriter(self, name, self.inner.create(name, size_hint))
+        return WrapperWriter(self, name, self.inner.create(name, size_hint, front_last=front_last))
 
-    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool | bytes, durable: bool = True) -> None:
         self.called("put", name, len(data))
         self.inner.put(name, data, replace=replace, durable=durable)
 

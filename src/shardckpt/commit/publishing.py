@@ -214,9 +214,8 @@ def publish(storage: Storage, manifest: Manifest, previous: bytes | None) -> Non
     check_skeleton(manifest, f"{storage.url}/{MANIFEST}")
     data = mf.encode(manifest)
     storage.sync()
-    check_unchanged(storage, previous)
     try:
-        storage.put(MANIFEST, data, replace=previous is not None)
+        storage.put(MANIFEST, data, replace=False if previous is None else previous)
     except Exception as error:
         try:
             current = find_bytes(storage)

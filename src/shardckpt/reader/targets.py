@@ -24,7 +24,7 @@ from shardckpt.reader.plan import ReadPlan
 from shardckpt.reader.shards import Piece, ShardFile
 from shardckpt.staging import Block, Budget, StagingPool
 from shardckpt.storage import BLOCK
-from shardckpt.workers import THREADS, for_each
+from shardckpt.workers import for_each
 
 READ_MEMORY: Final = 256 << 20
 """Bytes of bounce buffers that one read may hold unless the caller says otherwise."""
@@ -72,14 +72,15 @@ class Reading:
         targets: Sequence[Target],
         *,
         pool: StagingPool,
-        threads: int = THREADS,
+        threads: int | None = None,
         read_memory: int = READ_MEMORY,
         convert_dtype: bool = False,
         stats: ReadStats | None = None,
     ) -> None:
         """Targets are as many as the plan has for, in its order; they are filled through memory of `pool`.
 
-        At most `read_memory` bytes of it are used, but always one block. Raises StateMismatchError where the checkpoint
+        At most `read_memory` bytes of it are used, but always one block; by `threads` if not as many as the storage is
+        wide. Raises StateMismatchError where the checkpoint
         has a target's tensor in another dtype and `convert_dtype` is False; changing a complex dtype to a real one is
         always refused.
         """
@@ -93,7 +94,7 @@ class Reading:
         self.manifest = plan.manifest
         self.pool = pool
         self.stats = ReadStats() if stats is None else stats
-        self.threads = threads
+        self.threads = threads or plan.storage.width
         self._budget = Budget(pool, read_memory)
         with self.mode():
             for target in targets:

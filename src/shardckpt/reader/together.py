@@ -22,7 +22,6 @@ from shardckpt.reader.rounds import Rounds, has_group, join_group, runs_of
 from shardckpt.reader.targets import Reading
 from shardckpt.reader.wants import Stored, View, Wants, demand_of, wants_of
 from shardckpt.storage import BLOCK
-from shardckpt.workers import THREADS
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +160,7 @@ def _share(rounds: Rounds, reading: Reading, operation: Operation, patience: flo
         seconds = [msgspec.msgpack.decode(word, type=tuple[float, float]) for word in tried.heard]
         cells = sum(part.stop - part.first for part in plan.trial)
         # So few cells don't keep all threads busy. With more, reading alone would be as many times as fast, at best.
-        nbytes = sum(part.nbytes for part in plan.trial) * THREADS // min(THREADS, cells)
+        nbytes = sum(part.nbytes for part in plan.trial) * reading.threads // min(reading.threads, cells)
         alone = Trial(nbytes, max(alone for alone, _ in seconds))
         nbytes = sum(part.nbytes for current in first[1:] for parts in current.values() for part in parts)
         exchange = Trial(nbytes, max(exchange for _, exchange in seconds))
@@ -191,7 +190,7 @@ def _try(
     times = [0.0, 0.0]
     try:
         # What only the first use costs would be taken for slowness of that way.
-        reading.pool.reserve(THREADS * BLOCK)
+        reading.pool.reserve(reading.threads * BLOCK)
         reading.open(runs_of([*alone, *(part for current in first for part in current.get(rank, ()))]))
     except BaseException as error:  # noqa: BLE001 - it is raised when the others know
         failure = error

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from shardckpt.errors import StorageError, UsageError
+from shardckpt.errors import ObjectExistsError, ObjectNotFoundError, StorageError, UsageError
 
 BLOCK = 8 << 20
 """Bytes of one piece of an object that is being written; see :meth:`ObjectWriter.write`."""
@@ -73,11 +73,15 @@ class Storage(Protocol):
     read_cache: str
     """Names the memory that keeps what any process has read through it: a host's page cache. Empty where there is none,
     and every read goes to the place itself."""
+    width: int
+    """How many pieces of an object are worth being written or read at the same time, each by a thread of its own."""
 
-    def create(self, name: str, size_hint: int) -> ObjectWriter:
+    def create(self, name: str, size_hint: int, *, front_last: bool = False) -> ObjectWriter:
         """Begin a new object of about ``size_hint`` bytes (0: unknown); local storage allocates them on the disk now.
 
         ``name`` must be new: local storage refuses an existing file, an object store replaces it at ``commit``.
+        ``front_last`` says that the first piece will come after all others. A storage that has to send pieces in order
+        keeps in memory those that come before their turn, and may do better when it knows.
 
         Raises:
             StorageFullError: there is no room for ``size_hint`` bytes.
@@ -85,14 +89,16 @@ class Storage(Protocol):
             StorageAccessError: the place may not be written.
         """
 
-    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool | bytes, durable: bool = True) -> None:
         """Store a small object atomically and durably: readers see the old one or the new one, nothing between.
 
-        With ``replace=False`` exactly one of several concurrent callers succeeds. With ``durable=False`` a crash of
-        the machine may lose it, which saves the time to make sure that it does not.
+        With ``replace=False`` exactly one of several concurrent callers succeeds. Given bytes, the object is replaced
+        only if it holds those; on an object store that knows conditions exactly one of several callers succeeds then
+        too, elsewhere it is looked at just before. With ``durable=False`` a crash of the machine may lose the object,
+        which saves the time to make sure that it does not.
 
         Raises:
-            ObjectExistsError: ``replace`` is False and the object exists; nothing was changed.
+            ObjectExistsError: what is there is not what ``replace`` asks for; nothing was changed.
         """
 
     def get(self, name: str, *, limit: int = GET_LIMIT) -> bytes:
@@ -245,6 +251,16 @@ class Pieces:
             while self._under_way:
                 self._state.wait()
         return first
+
+
+def check_held(storage: Storage, name: str, data: bytes) -> None:
+    """Raise ObjectExistsError unless the object ``name`` holds exactly ``data``."""
+    try:
+        held = storage.get(name) == data
+    except ObjectNotFoundError:
+        held = False
+    if not held:
+        raise ObjectExistsError(f"cannot replace {join(storage.url, name)}: it is not what it was")
 
 
 def copy_plain(source: Storage, target: Storage, name: str) -> None:

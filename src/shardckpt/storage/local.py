@@ -21,11 +21,13 @@ from shardckpt.storage.base import (
     Pieces,
     Stat,
     Storage,
+    check_held,
     check_name,
     copy_plain,
     octets,
 )
 from shardckpt.storage.translate import translating
+from shardckpt.workers import THREADS
 
 TEMP_PREFIX = ".tmp-"
 """Names of files that a crash in the middle of :meth:`LocalStorage.put` may leave behind begin with this."""
@@ -43,19 +45,22 @@ class LocalStorage:
             self._directory = str(_expand_user(os.fspath(directory)).absolute())
         self.url = self._directory
         self.read_cache = posix.host()
+        self.width = THREADS
 
     @property
     def directory(self) -> str:
         """The absolute path."""
         return self._directory
 
-    def create(self, name: str, size_hint: int) -> ObjectWriter:
+    def create(self, name: str, size_hint: int, *, front_last: bool = False) -> ObjectWriter:  # noqa: ARG002 - any order will do
         return LocalWriter(self.path_of(name), size_hint)
 
-    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:
+    def put(self, name: str, data: bytes, *, replace: bool | bytes, durable: bool = True) -> None:
         path = self.path_of(name)
+        if isinstance(replace, bytes):
+            check_held(self, name, replace)
         with translating("write", path), self._written_aside(data, durable=durable) as (aside, descriptor):
-            if replace:
+            if replace is not False:
                 os.replace(aside, path)
             else:
                 _link_new(aside, descriptor, path)

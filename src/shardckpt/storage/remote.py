@@ -6,21 +6,52 @@ stores (GCS, Azure) show an object only when it is complete; SFTP and its like d
 
 import builtins
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from shardckpt.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError
-from shardckpt.storage.base import GET_LIMIT, ObjectWriter, Pieces, Stat, Storage, check_name, copy_plain, octets
+from shardckpt.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, UsageError
+from shardckpt.storage.base import (
+    GET_LIMIT,
+    ObjectWriter,
+    Pieces,
+    Stat,
+    Storage,
+    check_held,
+    check_name,
+    copy_plain,
+    octets,
+)
 from shardckpt.storage.retry import retrying
-from shardckpt.storage.translate import translating
+from shardckpt.storage.translate import conceal, secrets_of, translating, without_credentials
+from shardckpt.workers import THREADS
 
 READ_PIECE = 16 << 20
 """Bytes asked for in one ranged read at most: fsspec returns a buffer of its own, which is copied into place."""
 
 # Where the file systems of fsspec keep the time of the last write; some have only that of the creation.
 _MODIFIED_KEYS = ("LastModified", "mtime", "modified", "updated", "last_modified", "created")
+
+
+def filesystem_of(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the file system that understands ``url``, and the path in it. Nothing is connected to yet.
+
+    Raises:
+        UsageError: there is none, its package is not installed, or it does not take the ``options``.
+    """
+    from fsspec.core import url_to_fs
+
+    shown = without_credentials(url)
+    try:
+        filesystem, path = url_to_fs(url, **options)
+    except ImportError as error:
+        remedy = 'pip install "shardckpt[s3]"' if url.startswith(("s3://", "s3a://")) else str(error)
+        raise UsageError(f"cannot open {shown}: the package that handles such URLs is missing: {remedy}") from error
+    except (TypeError, ValueError, KeyError) as error:
+        reason = conceal(str(error), secrets_of(options))
+        raise UsageError(f"cannot open {shown}: {reason}. Check the URL and storage_options") from error
+    return filesystem, path
 
 
 class RemoteStorage:
@@ -36,17 +67,20 @@ class RemoteStorage:
     def __init__(self, filesystem: Any, path: str, url: str, secrets: tuple[str, ...]) -> None:
         self.url = url.rstrip("/") if not url.endswith("://") else url
         self.read_cache = ""
+        self.width = THREADS
         self.filesystem = filesystem
         self._root = path.rstrip("/")
         self._secrets = secrets
 
-    def create(self, name: str, size_hint: int) -> ObjectWriter:  # noqa: ARG002 - fsspec reserves nothing
+    def create(self, name: str, size_hint: int, *, front_last: bool = False) -> ObjectWriter:  # noqa: ARG002 - fsspec reserves nothing
         return RemoteWriter(self, name)
 
-    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:  # noqa: ARG002 - a put is durable
+    def put(self, name: str, data: bytes, *, replace: bool | bytes, durable: bool = True) -> None:  # noqa: ARG002 - a put is durable
         path = self.path_of(name)
+        if isinstance(replace, bytes):
+            check_held(self, name, replace)
         with self.translating("write", name):
-            if replace:
+            if replace is not False:
                 self.filesystem.pipe_file(path, data)
             else:
                 # Asked as well as told, for file systems that ignore the mode; on those two writers can both succeed.
@@ -155,14 +189,8 @@ class RemoteStorage:
         return translating(doing, self.url_of(name) if name else self.url, self._secrets)
 
     def forget(self, path: str) -> None:
-        """Make file systems of this kind forget their listings of ``path`` and its parents.
-
-        All of them: fsspec has an instance for each set of options, and a training loop may look at a checkpoint
-        through another one than it was saved with.
-        """
-        for filesystem in {id(fs): fs for fs in (self.filesystem, *_instances(self.filesystem))}.values():
-            filesystem.invalidate_cache(path)
-            filesystem.invalidate_cache(path.rpartition("/")[0])
+        """Make file systems of this kind forget their listings of ``path``."""
+        forget(type(self.filesystem), path, self.filesystem)
 
     def too_large(self, name: str, size: int, limit: int) -> CorruptCheckpointError:
         """The error for a small object that is not small."""
@@ -248,9 +276,16 @@ class RemoteWriter:
         self._position += len(data)
 
 
-def _instances(filesystem: Any) -> builtins.list[Any]:
-    """The live instances of a file system's class, as far as fsspec lets one see them."""
-    return list(getattr(type(filesystem), "_cache", {}).values())
+def forget(kind: type[Any], path: str, *others: Any) -> None:
+    """Make all file systems of one kind forget their listings of ``path`` and its parents, and ``others`` too.
+
+    All of them: fsspec has an instance for each set of options, and a training loop may look at a checkpoint through
+    another one than it was saved with.
+    """
+    found = [*others, *getattr(kind, "_cache", {}).values()]
+    for filesystem in {id(filesystem): filesystem for filesystem in found}.values():
+        filesystem.invalidate_cache(path)
+        filesystem.invalidate_cache(path.rpartition("/")[0])
 
 
 def _basename(path: str) -> str:

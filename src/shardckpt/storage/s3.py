@@ -13,11 +13,11 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from shardckpt.errors import ObjectNotFoundError, StorageError, UsageError
+from shardckpt.errors import ObjectExistsError, ObjectNotFoundError, StorageError, UsageError
 from shardckpt.storage.base import BLOCK, GET_LIMIT, ObjectWriter, Pieces, Stat, Storage, check_name, copy_plain, octets
 from shardckpt.storage.remote import RemoteStorage
 from shardckpt.storage.retry import retrying
-from shardckpt.storage.translate import s3_code
+from shardckpt.storage.translate import is_transient, lacks_conditions, s3_code
 
 MAX_PARTS = 10_000
 """Parts of one upload, by the rules of S3."""
@@ -42,16 +42,40 @@ class S3Storage(RemoteStorage):
         if not self._bucket:
             raise UsageError(f"{self.url} names no bucket")
 
-    def create(self, name: str, size_hint: int) -> ObjectWriter:
+    def create(self, name: str, size_hint: int, *, front_last: bool = False) -> ObjectWriter:  # noqa: ARG002 - any order will do
         return S3Writer(self, name, size_hint)
 
-    def put(self, name: str, data: bytes, *, replace: bool, durable: bool = True) -> None:  # noqa: ARG002 - a put is durable
+    def put(self, name: str, data: bytes, *, replace: bool | bytes, durable: bool = True) -> None:  # noqa: ARG002 - a put is durable
         with self.translating("write", name):
-            condition = {} if replace else {"IfNoneMatch": "*"}
-            if condition and not self._knows_conditions():
-                raise UsageError("writing only what does not exist needs botocore 1.35.20 or newer: upgrade s3fs")
-            retrying(lambda: self.request("put_object", name, Body=data, **condition))
+            condition = {}
+            if replace is not True:
+                # Asked as well as told, for stores that ignore the condition; on those two writers can both succeed.
+                held, tag = self._held(name)
+                if held != (None if replace is False else replace):
+                    raise ObjectExistsError(f"cannot write {self.url_of(name)}: it exists already, or has changed")
+                condition = {"IfMatch": tag} if tag else {"IfNoneMatch": "*"}
+            self._put(name, data, condition)
         self.forget(self.path_of(name))
+
+    def _put(self, name: str, data: bytes, condition: dict[str, str]) -> None:
+        """Put an object, on a condition if there is one. Called within :meth:`translating`."""
+        for word in condition:
+            if not self._knows(word):
+                raise UsageError(f"writing with {word} needs botocore 1.35.70 or newer: upgrade s3fs")
+
+        def send() -> None:
+            try:
+                self.request("put_object", name, Body=data, **condition)
+            except Exception as error:
+                if condition and lacks_conditions(error):
+                    _log.warning("%s knows no conditional writes: two jobs must not save to one path", self.url)
+                    self.request("put_object", name, Body=data)
+                # The client itself tries again: what stands in the way may be the work of an attempt whose answer got
+                # lost. It is if it holds the same bytes; what is written on a condition names the save it belongs to.
+                elif not condition or is_transient(error) or self._held(name)[0] != data:
+                    raise
+
+        retrying(send)
 
     def get(self, name: str, *, limit: int = GET_LIMIT) -> bytes:
         # One byte more than allowed is asked for, so that no second request is needed to know the size.
@@ -106,6 +130,15 @@ class S3Storage(RemoteStorage):
             else:
                 copy_plain(other, self, name)
 
+    def cancel_uploads(self, name: str) -> None:
+        """Cancel the unfinished uploads of an object, whoever began them."""
+        key = self.key_of(name)
+        with self.translating("cancel the uploads of", name):
+            found = retrying(lambda: self.request("list_multipart_uploads", Prefix=key))
+            for upload in found.get("Uploads", ()):
+                if upload["Key"] == key:
+                    self.request("abort_multipart_upload", name, UploadId=upload["UploadId"])
+
     def prepare(self) -> None:
         """Check that the bucket exists and the credentials may list it; a prefix needs no making."""
         with self.translating("use"):
@@ -141,6 +174,14 @@ class S3Storage(RemoteStorage):
                     raise
                 return b""
 
+    def _held(self, name: str) -> tuple[bytes | None, str]:
+        """What an object holds, None if there is none, and its tag."""
+        try:
+            tag = str(retrying(lambda: self.request("head_object", name))["ETag"])
+            return self.get(name), tag
+        except FileNotFoundError:
+            return None, ""
+
     def _pages(self) -> builtins.list[dict[str, Any]]:
         arguments: dict[str, Any] = {"Prefix": self._prefix, "Delimiter": "/"}
         pages: builtins.list[dict[str, Any]] = []
@@ -151,10 +192,10 @@ class S3Storage(RemoteStorage):
                     return pages
                 arguments["ContinuationToken"] = pages[-1]["NextContinuationToken"]
 
-    def _knows_conditions(self) -> bool:
-        """Whether the client has heard of If-None-Match: s3fs drops arguments that its client does not know."""
+    def _knows(self, condition: str) -> bool:
+        """Whether the client has heard of ``condition``: s3fs drops arguments that its client does not know."""
         model = self.filesystem.s3.meta.service_model.operation_model("PutObject")
-        return "IfNoneMatch" in model.input_shape.members
+        return condition in model.input_shape.members
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:

@@ -1,7 +1,8 @@
 """The one place where errors of operating systems, S3 clients and fsspec backends become ours.
 
-Classes are recognised by name, so that nothing of botocore, aiohttp or s3fs is imported here. s3fs turns the answers
-of S3 into builtin errors and keeps the original as the cause: where there is one its error code decides.
+Classes are recognised by name, so that nothing of botocore, aiohttp, s3fs or obstore is imported here. s3fs turns the
+answers of S3 into builtin errors and keeps the original as the cause: where there is one its error code decides.
+obstore gives the store's answer as a part of its message, and only there.
 """
 
 import errno
@@ -100,6 +101,14 @@ CLASSES: Mapping[str, _Ours] = {
     **{f"botocore.exceptions.{name}": StorageAccessError for name in _CREDENTIALS.split()},
     **{f"botocore.exceptions.{name}": UsageError for name in _CONFIGURATION.split()},
     **{f"botocore.exceptions.{name}": StorageError for name in _FAILURES.split()},
+    "obstore.exceptions.AlreadyExistsError": ObjectExistsError,
+    "obstore.exceptions.PreconditionError": ObjectExistsError,
+    "obstore.exceptions.PermissionDeniedError": StorageAccessError,
+    "obstore.exceptions.UnauthenticatedError": StorageAccessError,
+    "obstore.exceptions.InvalidPathError": UsageError,
+    "obstore.exceptions.NotSupportedError": UsageError,
+    "obstore.exceptions.UnknownConfigurationKeyError": UsageError,
+    "obstore.exceptions.BaseError": StorageError,
     "builtins.FileNotFoundError": ObjectNotFoundError,
     "builtins.FileExistsError": ObjectExistsError,
     "builtins.PermissionError": StorageAccessError,
@@ -139,6 +148,13 @@ _TRANSIENT_CLASSES = {
     "builtins.BrokenPipeError",
 }
 
+
+# How obstore words a failed request, and what of the store's answer it quotes.
+_REQUEST = re.compile(r"Error performing [A-Z]+ (?:\S+ )?in [\d.]+\S*")
+_RETRIES = re.compile(r"after (\d+) retries")
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>([^<]+)</Code>")
+_MESSAGE = re.compile(r"<Message>([^<]+)</Message>")
 
 _SECRET_KEY = re.compile(r"key|secret|token|pass|cred|sas|connection")
 
@@ -183,16 +199,30 @@ def classify(error: BaseException) -> _Ours:
 def s3_code(error: BaseException) -> str:
     """Return the error code of the S3 answer behind ``error``, or ``""``."""
     details = _response(error).get("Error")
-    return str(details.get("Code", "")) if isinstance(details, dict) else ""
+    if isinstance(details, dict):
+        return str(details.get("Code", ""))
+    said = _said_by_obstore(error)
+    found = said and (_CODE.search(said) or _STATUS.search(said))
+    return found[1] if found else ""
 
 
 def is_transient(error: BaseException) -> bool:
     """Tell whether the same request may well succeed if it is sent again soon."""
     metadata = _response(error).get("ResponseMetadata")
     status = metadata.get("HTTPStatusCode") if isinstance(metadata, dict) else None
+    if said := _said_by_obstore(error):
+        # What it has tried again in vain it has tried for long enough.
+        found = _STATUS.search(said)
+        status = int(found[1]) if found else None
+        return not _RETRIES.search(said) and (status is None or status in _TRANSIENT_STATUS or _conflicts(error))
     if s3_code(error) in _TRANSIENT_CODES or status in _TRANSIENT_STATUS:
         return True
     return any(name in _TRANSIENT_CLASSES for name in _names(error))
+
+
+def lacks_conditions(error: BaseException) -> bool:
+    """Tell whether a store refused a conditional write since it does not know such a thing."""
+    return s3_code(error) in ("NotImplemented", "501")
 
 
 def without_credentials(url: str) -> str:
@@ -228,14 +258,39 @@ def _response(error: BaseException) -> Mapping[str, Any]:
     return {}
 
 
+def _conflicts(error: BaseException) -> bool:
+    """Whether two conditional writes met, which says nothing of the condition."""
+    return s3_code(error) in _TRANSIENT_CODES
+
+
+def _said_by_obstore(error: BaseException) -> str:
+    """What obstore says of a failed request, without its inner workings; "" if the error is not of that kind."""
+    said = str(error).partition("\n\nDebug source:")[0]
+    return said if _REQUEST.search(said) else ""
+
+
 def _names(error: BaseException) -> Iterator[str]:
     return (f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
 
 
 def _reason(error: Exception) -> str:
+    if said := _said_by_obstore(error):
+        return _request_reason(said)
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = " ".join(str(text).split()).rstrip(".")
+    text = " ".join(str(text).partition("\n\nDebug source:")[0].split()).rstrip(".")
     code = s3_code(error)
     if not text:
         return code or type(error).__name__
     return f"{text} ({code})" if code and code not in text else text
+
+
+def _request_reason(said: str) -> str:
+    """The store's own words where it had some, else the client's; and how often they were heard."""
+    message, code, status, retries = (pattern.search(said) for pattern in (_MESSAGE, _CODE, _STATUS, _RETRIES))
+    text = message[1] if message else " ".join(_REQUEST.split(said, maxsplit=1)[1].partition(" - ")[2].split())
+    text = text.rstrip(". ")
+    if code and code[1] not in text:
+        text = f"{text} ({code[1]})"
+    elif status and not code and status[1] not in text:
+        text = f"{text} ({status[1]})"
+    return f"{text}, tried {int(retries[1]) + 1} times" if retries else text

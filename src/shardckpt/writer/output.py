@@ -21,12 +21,13 @@ class Output:
         self._object: ObjectWriter | None = None
 
     @contextmanager
-    def writing(self, size_hint: int) -> Iterator[None]:
+    def writing(self, size_hint: int, *, front_last: bool) -> Iterator[None]:
         """Begin the object; at the end wait until every job is done, and raise the first error of one.
 
-        `size_hint` is the size that the object will have, in bytes, or about that.
+        `size_hint` is the size that the object will have, in bytes, or about that. `front_last`: its first piece comes
+        after all others.
         """
-        self._object = self._storage.create(self._name, size_hint)
+        self._object = self._storage.create(self._name, size_hint, front_last=front_last)
         with self._workers:
             yield
 

@@ -47,7 +47,7 @@ class ShardWriter:
         pool: StagingPool,
         codec: tuple[str, int] | None,
         listed: Listed | None = None,
-        threads: int = THREADS,
+        threads: int | None = None,
     ) -> None:
         """Prepare to write `sources`, in that order, as the file `name`; nothing is written yet.
 
@@ -59,6 +59,8 @@ class ShardWriter:
         self._rank = rank
         self._sources = sources
         metadata = {"format": "pt", "shardckpt": f"save {save_id}, rank {rank}"}
+        # Compressing keeps the processors busy, and needs memory for each thread; writing mostly waits.
+        threads = threads or (THREADS if codec else storage.width)
         self._out = Output(storage, name, threads=threads)
         self._stream: Stream
         if codec is None:
@@ -98,7 +100,7 @@ class ShardWriter:
         """
         start = time.perf_counter()
         try:
-            with self._out.writing(self._stream.size_hint):
+            with self._out.writing(self._stream.size_hint, front_last=self._stream.front_last):
                 for block in self._emitted():
                     self._stream.add(block)
                 self._stream.finish()

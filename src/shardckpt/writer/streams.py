@@ -50,6 +50,8 @@ class Stream(Protocol):
     """Where data is to start in the first block, in bytes."""
     size_hint: int
     """The size of the file in bytes, or where it depends on the data, its size without compression."""
+    front_last: bool
+    """Whether the file's first piece is handed over after all others."""
 
     def add(self, block: Block) -> None:
         """Take the next block. It is the stream's, even if this raises."""
@@ -118,6 +120,7 @@ class RawStream:
         self._cells = Cells([source.nbytes for source in sources])
         self.first_block_offset = len(self._header) % BLOCK
         self.size_hint = len(self._header) + self._cells.nbytes
+        self.front_last = False
         self._first = len(self._header) - self.first_block_offset
         self._at = self._first
 
@@ -220,6 +223,7 @@ class FrameStream:
         self._reserved = header_bound([(source.key, source.box.lengths) for source in sources], metadata)
         self.first_block_offset = 0
         self.size_hint = self._reserved + sum(source.nbytes for source in sources)
+        self.front_last = True
         self._at = self._reserved
         # One block being packed, one kept back for the header, and one for each thread to write.
         self._budget = Budget(pool, (threads + 2) * BLOCK)
