@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import ranks
-from s3_server import S3Place, S3Server, running
+from s3_server import S3Place, S3Server, running, running_weed
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +31,18 @@ def s3_place(s3_server: S3Server, s3_client: Any, monkeypatch: pytest.MonkeyPatc
     bucket = f"test-{uuid.uuid4().hex}"
     s3_client.create_bucket(Bucket=bucket)
     return S3Place(f"s3://{bucket}/run", s3_server.storage_options, s3_client)
+
+
+@pytest.fixture(scope="session")
+def weed_server() -> Iterator[S3Server]:
+    with running_weed() as server:
+        yield server
+
+
+@pytest.fixture
+def weed_place(weed_server: S3Server) -> S3Place:
+    """A fresh prefix in the one bucket of SeaweedFS that there is: each bucket takes volumes of its own from it."""
+    return S3Place(f"s3://{weed_server.bucket}/{uuid.uuid4().hex}", weed_server.storage_options, weed_server.client())
 
 
 @pytest.fixture

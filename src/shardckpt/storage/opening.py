@@ -8,7 +8,7 @@ from typing import Any
 from shardckpt.errors import UsageError
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.translate import conceal, secrets_of, without_credentials
+from shardckpt.storage.translate import secrets_of, without_credentials
 
 # "proto://rest", or a chain of file systems as fsspec writes it, "simplecache::s3://rest".
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|::)")
@@ -51,7 +51,8 @@ def open_storage(path: str | os.PathLike[str], storage_options: Mapping[str, Any
     Args:
         path: a local path (relative ones are resolved now, a leading ``~`` is expanded), a ``file://`` URL, or any URL
             that fsspec understands.
-        storage_options: passed to the fsspec file system, whose cached instance is used; a local path ignores them.
+        storage_options: those of the fsspec file system; a local path ignores them. On ``s3://`` obstore does the work
+            where it is installed and can be told the same, else s3fs.
 
     Raises:
         UsageError: nothing understands ``path``, or the package for it is not installed.
@@ -63,23 +64,11 @@ def open_storage(path: str | os.PathLike[str], storage_options: Mapping[str, Any
 
 
 def _open_remote(url: str, options: Mapping[str, Any]) -> Storage:
-    # Imported here: a program that keeps its checkpoints locally pays for no fsspec, s3fs or botocore.
-    from fsspec.core import url_to_fs
+    if url.startswith(("s3://", "s3a://")):
+        from shardckpt.storage.s3_opening import open_s3
 
-    shown = without_credentials(url)
-    is_s3 = url.startswith(("s3://", "s3a://"))
-    try:
-        filesystem, path = url_to_fs(url, **options)
-    except ImportError as error:
-        remedy = 'pip install "shardckpt[s3]"' if is_s3 else str(error)
-        raise UsageError(f"cannot open {shown}: the package that handles such URLs is missing: {remedy}") from error
-    except (TypeError, ValueError) as error:
-        reason = conceal(str(error), secrets_of(options))
-        raise UsageError(f"cannot open {shown}: {reason}. Check the URL and storage_options") from error
-    if is_s3:
-        from shardckpt.storage.s3 import S3Storage
+        return open_s3(url, options)
+    from shardckpt.storage.remote import RemoteStorage, filesystem_of
 
-        return S3Storage(filesystem, path, shown, secrets_of(options))
-    from shardckpt.storage.remote import RemoteStorage
-
-    return RemoteStorage(filesystem, path, shown, secrets_of(options))
+    filesystem, path = filesystem_of(url, options)
+    return RemoteStorage(filesystem, path, without_credentials(url), secrets_of(options))

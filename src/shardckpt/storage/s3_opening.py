@@ -1,0 +1,94 @@
+"""Which client talks to a bucket: obstore where it is installed and can be told what the user said, else s3fs."""
+
+import importlib.util
+import logging
+import os
+import re
+import threading
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from shardckpt.errors import UsageError
+from shardckpt.storage.base import Storage
+from shardckpt.storage.s3_options import (
+    UntranslatableError,
+    check_names,
+    store_factory,
+    translated,
+    without_payload_hashes,
+)
+from shardckpt.storage.translate import secrets_of, without_credentials
+
+if TYPE_CHECKING:
+    from shardckpt.storage.connection import Connection
+
+_log = logging.getLogger(__name__)
+
+_BUCKET = re.compile(r"[A-Za-z0-9.\-_]{1,255}")
+# Of the segments of a key, those that obstore refuses; every other name it takes as it is.
+_UNFIT = re.compile(r"(^|/)(\.{0,2})(/|$)|[\x00-\x1f\x7f]|\?versionId=")
+
+_connections: dict[tuple[Any, ...], "Connection"] = {}
+_lock = threading.Lock()
+_told: set[str] = set()
+
+
+def open_s3(url: str, options: Mapping[str, Any]) -> Storage:
+    """Return the storage at an ``s3://`` URL; see :func:`shardckpt.storage.open_storage`."""
+    check_names(options)
+    bucket, _, key = url.partition("://")[2].partition("/")
+    if not bucket:
+        raise UsageError(f"{url} names no bucket: it must be s3://bucket/path")
+    with_s3fs = partial(open_with_s3fs, url, options)
+    reason = _reason_for_s3fs(bucket, key.rstrip("/"))
+    if reason is None:
+        from shardckpt.storage.objects import ObjectStorage
+
+        try:
+            connection = _connection(bucket, options)
+            spare = with_s3fs if importlib.util.find_spec("s3fs") else None
+            return ObjectStorage(connection, key.rstrip("/"), without_credentials(url), spare)
+        except UntranslatableError as option:
+            reason = f"obstore has nothing like the storage option {option}"
+    if reason not in _told:
+        _told.add(reason)
+        _log.info("s3fs is used for %s, which is slower than obstore: %s", without_credentials(url), reason)
+    return with_s3fs()
+
+
+def open_with_s3fs(url: str, options: Mapping[str, Any]) -> Storage:
+    """Return the storage at an ``s3://`` URL, over s3fs."""
+    from shardckpt.storage.remote import filesystem_of
+
+    filesystem, path = filesystem_of(url, without_payload_hashes(options))
+    from shardckpt.storage.s3 import S3Storage
+
+    return S3Storage(filesystem, path, without_credentials(url), secrets_of(options))
+
+
+def _reason_for_s3fs(bucket: str, key: str) -> str | None:
+    if importlib.util.find_spec("obstore") is None:
+        return 'obstore is not installed (pip install "shardckpt[s3]")'
+    if not _BUCKET.fullmatch(bucket):
+        if ":" in bucket:
+            return "obstore does not know access points"
+        raise UsageError(f"{bucket!r} is not the name of a bucket")
+    if key and _UNFIT.search(key):
+        return "obstore refuses keys with empty parts, dots for parts, control characters or a version"
+    from shardckpt.storage.connection import forked
+
+    return "obstore does not work in a process forked from one that used it" if forked() else None
+
+
+def _connection(bucket: str, options: Mapping[str, Any]) -> "Connection":
+    from shardckpt.storage.connection import Connection
+
+    # The environment decides about whatever the options leave open.
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    key = (bucket, repr(sorted(options.items())), environment)
+    with _lock:
+        if key not in _connections:
+            settings = translated(options)
+            _connections[key] = Connection(f"s3://{bucket}", store_factory(bucket, settings), secrets_of(options))
+        return _connections[key]

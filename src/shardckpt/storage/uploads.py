@@ -1,0 +1,163 @@
+"""Writing one object through obstore: its blocks become the parts of an upload as they are, without being copied."""
+
+import logging
+import threading
+import weakref
+from typing import TYPE_CHECKING, Final
+
+import obstore
+
+from shardckpt.errors import ObjectNotFoundError, StorageError
+from shardckpt.storage.base import BLOCK, Pieces, octets
+
+if TYPE_CHECKING:
+    from obstore import WritableFile
+
+    from shardckpt.storage.objects import ObjectStorage
+
+MAX_PARTS: Final = 10_000
+"""Parts of one upload, by the rules of S3."""
+
+WIDTH: Final = 8
+"""Requests with a body that this process has under way at once, up and down, whatever the number of objects."""
+
+SLOTS: Final = threading.BoundedSemaphore(WIDTH)
+
+_log = logging.getLogger(__name__)
+
+
+class _Loan:
+    """A piece that the client holds on to, without a copy, until the store has it or the client gives up."""
+
+    def __init__(self, view: memoryview, loans: "set[_Loan]") -> None:
+        self.returned = threading.Event()
+        self._loans = loans
+        self._loans.add(self)
+        self._watch = weakref.ref(view, self._let_go)
+
+    def _let_go(self, _: "weakref.ref[memoryview]") -> None:
+        SLOTS.release()
+        self._loans.discard(self)
+        self.returned.set()
+
+
+class Upload:
+    """One object, sent as the parts of one upload. The :class:`~shardckpt.storage.ObjectWriter` contract applies.
+
+    obstore takes parts in the order of their offsets and sends them all at the same time. A piece that comes before its
+    turn is copied and held; the writer of a shard brings them in order, give or take what its threads overtake each
+    other by. A piece whose turn it is goes as it is, and :meth:`write` returns when the client has let go of it.
+    """
+
+    def __init__(self, storage: "ObjectStorage", name: str, size_hint: int) -> None:
+        self._storage = storage
+        self._name = name
+        self._part = BLOCK * max(1, -(-size_hint // (BLOCK * MAX_PARTS)))
+        # An object of one block costs one request instead of three.
+        self._alone = size_hint <= BLOCK
+        self._pieces = Pieces(storage.url_of(name))
+        self._turn = threading.Lock()
+        self._early: dict[int, bytes] = {}
+        self._loans: set[_Loan] = set()
+        self._position = 0
+        self._file: WritableFile | None = None
+        self._closed = False
+        self._committed = False
+
+    def write(self, offset: int, data: memoryview) -> None:
+        data = octets(data)
+        with self._pieces.writing(offset, len(data)), self._storage.translating("write", self._name):
+            if offset // self._part >= MAX_PARTS:
+                raise StorageError(
+                    f"cannot write {self._storage.url_of(self._name)}: it has more than {MAX_PARTS} parts, since it is "
+                    "larger than it was announced to be"
+                )
+            with self._turn:
+                self._alone &= offset == 0
+                self._send_held()
+                if self._alone or offset != self._position:
+                    self._early[offset] = bytes(data)
+                    return
+                loan = self._send(data)
+                self._send_held()
+            if loan is not None:
+                loan.returned.wait()
+
+    def commit(self) -> None:
+        size = self._pieces.finish()
+        with self._storage.translating("commit", self._name):
+            if self._file is None:
+                body = self._early.pop(0, b"")
+                obstore.put(self._storage.connection.store, self._storage.key_of(self._name), body, use_multipart=False)
+            else:
+                self._closed = True
+                try:
+                    self._file.close()
+                except Exception:
+                    # The answer to the first of several attempts may have been lost; later ones find no upload.
+                    if self._size_now() != size:
+                        raise
+        self._storage.changed([self._name])
+        self._committed = True
+
+    def abort(self) -> None:
+        if self._committed:
+            return
+        self._pieces.close()
+        self._early.clear()
+        try:
+            if self._file is not None and not self._closed:
+                self._closed = True
+                self._file.__exit__(StorageError, None, None)
+            elif self._file is not None:
+                self._cancel()
+            self._storage.delete([self._name])
+        except Exception as error:  # noqa: BLE001 - abort never raises
+            _log.warning(
+                "an upload to %s could not be cancelled (%s); its parts cost money until the bucket's lifecycle rules "
+                "remove them",
+                self._storage.url_of(self._name),
+                type(error).__name__,
+            )
+
+    def _send_held(self) -> None:
+        """Send what came before its turn, as far as that has come."""
+        while not self._alone and (held := self._early.pop(self._position, None)) is not None:
+            self._send(memoryview(held))
+
+    def _send(self, data: memoryview) -> "_Loan | None":
+        """Hand over the piece whose turn it is; None if it was copied, since the client keeps it until a part is full.
+
+        Called with the turn held.
+        """
+        if self._file is None:
+            key = self._storage.key_of(self._name)
+            store = self._storage.connection.store
+            self._file = obstore.open_writer(store, key, buffer_size=self._part, max_concurrency=WIDTH)
+        loan = None
+        if (self._position + len(data)) % self._part:
+            self._file.write(bytes(data))
+        else:
+            SLOTS.acquire()
+            # A view of its own, that nobody else refers to: it dies when the client lets go of it.
+            view = memoryview(data)
+            loan = _Loan(view, self._loans)
+            try:
+                self._file.write(view)
+            finally:
+                del view
+        self._position += len(data)
+        return loan
+
+    def _cancel(self) -> None:
+        """Cancel an upload that obstore could not complete: it has forgotten it by then."""
+        cancel = getattr(self._storage.spare(), "cancel_uploads", None)
+        if cancel is None:
+            raise StorageError("only s3fs can cancel it now")
+        cancel(self._name)
+
+    def _size_now(self) -> int | None:
+        try:
+            return self._storage.size(self._name)
+        except ObjectNotFoundError:
+            return None
