@@ -21,6 +21,9 @@ MAX_PARTS: Final = 10_000
 WIDTH: Final = 8
 """Requests with a body that this process has under way at once, up and down, whatever the number of objects."""
 
+GRACE: Final = 0.05
+"""Seconds that a piece which overtook others waits for them, which is cheaper than the copy that is made otherwise."""
+
 SLOTS: Final = threading.BoundedSemaphore(WIDTH)
 
 _log = logging.getLogger(__name__)
@@ -45,8 +48,9 @@ class Upload:
     """One object, sent as the parts of one upload. The :class:`~shardckpt.storage.ObjectWriter` contract applies.
 
     obstore takes parts in the order of their offsets and sends them all at the same time. A piece that comes before its
-    turn is copied and held; the writer of a shard brings them in order, give or take what its threads overtake each
-    other by. A piece whose turn it is goes as it is, and :meth:`write` returns when the client has let go of it.
+    turn waits for a moment, and is then copied and held; the writer of a shard brings them in order, give or take what
+    its threads overtake each other by. A piece whose turn it is goes as it is, and :meth:`write` returns when the
+    client has let go of it.
     """
 
     def __init__(self, storage: "ObjectStorage", name: str, size_hint: int) -> None:
@@ -56,7 +60,7 @@ class Upload:
         # An object of one block costs one request instead of three.
         self._alone = size_hint <= BLOCK
         self._pieces = Pieces(storage.url_of(name))
-        self._turn = threading.Lock()
+        self._turn = threading.Condition()
         self._early: dict[int, bytes] = {}
         self._loans: set[_Loan] = set()
         self._position = 0
@@ -75,11 +79,14 @@ class Upload:
             with self._turn:
                 self._alone &= offset == 0
                 self._send_held()
+                if not self._alone:
+                    self._turn.wait_for(lambda: self._position >= offset, GRACE)
                 if self._alone or offset != self._position:
                     self._early[offset] = bytes(data)
                     return
                 loan = self._send(data)
                 self._send_held()
+                self._turn.notify_all()
             if loan is not None:
                 loan.returned.wait()
 
