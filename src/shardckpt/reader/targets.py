@@ -79,10 +79,9 @@ class Reading:
     ) -> None:
         """Targets are as many as the plan has for, in its order; they are filled through memory of `pool`.
 
-        At most `read_memory` bytes of it are used, but always one block; by `threads` if not as many as the storage is
-        wide. Raises StateMismatchError where the checkpoint
-        has a target's tensor in another dtype and `convert_dtype` is False; changing a complex dtype to a real one is
-        always refused.
+        At most `read_memory` bytes of it are used, but always one block; by `threads`, or as many as the storage is
+        wide. Raises StateMismatchError where the checkpoint has a target's tensor in another dtype and `convert_dtype`
+        is False; changing a complex dtype to a real one is always refused.
         """
         same = [(target.fqn, target.box) for target in targets] == [(fqn, box) for fqn, box in plan.wanted]
         assert same, "the plan is for these targets"

@@ -18,7 +18,7 @@ from shardckpt.reports import SaveReport
 from shardckpt.saving.own import Own, put_objects, with_objects
 from shardckpt.saving.structure import Structure
 from shardckpt.storage import Storage
-from shardckpt.workers import THREADS, for_each
+from shardckpt.workers import for_each
 from shardckpt.writer import ShardWriter
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class SaveJob(Job):
 
         # Whoever has overtaken this save has removed its files; that they are missing would be a poor reason.
         commit.check_unchanged(order.storage, order.previous)
-        for_each(range(len(files)), read, threads=THREADS, name="manifests")
+        for_each(range(len(files)), read, threads=order.storage.width, name="manifests")
         manifest = commit.assemble(
             order.pending.save_id,
             files,
