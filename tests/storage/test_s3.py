@@ -23,8 +23,9 @@ from shardckpt.errors import (
 )
 from shardckpt.storage import BLOCK, Storage, open_storage, retry
 from shardckpt.storage.objects import ObjectStorage
-from shardckpt.storage.s3 import S3Writer
 from shardckpt.storage.s3_opening import open_with_s3fs
+from shardckpt.storage.s3_uploads import Body, S3Writer
+from shardckpt.storage.traffic import READ_PIECE, WIDTH
 from storage.conformance import StorageConformance, noise, pieces, store
 from storage.proxy import Fault, Proxy, first, sometimes
 
@@ -175,6 +176,75 @@ def test_parts_are_merged(s3_place: S3Place) -> None:
     head = s3_place.client.head_object(Bucket=s3_place.bucket, Key="run/rank")
     assert head["ETag"].strip('"').endswith("-3")
     assert s3_place.client.get_object(Bucket=s3_place.bucket, Key="run/rank")["Body"].read() == data
+
+
+def test_parts_are_sent_from_where_they_lie(s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over s3fs too a block is not copied on its way, and the parts of all objects share a number of requests."""
+    storage = open_with_s3fs(s3_place.url, s3_place.storage_options)
+    gate = threading.Barrier(WIDTH)
+    bodies: list[Body] = []
+    under_way = most = 0
+    lock = threading.Lock()
+
+    def request(method: str, *_: object, **arguments: Any) -> dict[str, str]:
+        nonlocal under_way, most
+        if method != "upload_part":
+            return {"UploadId": "1"}
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+            bodies.append(arguments["Body"])
+        gate.wait(30)
+        with lock:
+            under_way -= 1
+        return {"ETag": "x"}
+
+    monkeypatch.setattr(storage, "request", request)
+    writers = [storage.create(name, 100 * BLOCK) for name in ("a", "b")]
+    block = bytearray(BLOCK)
+    with ThreadPoolExecutor(2 * WIDTH) as pool:
+        for number in range(WIDTH):
+            for writer in writers:
+                pool.submit(writer.write, number * BLOCK, memoryview(block))
+    assert most == WIDTH
+    block[:5] = b"later"
+    assert len(bodies) == 2 * WIDTH
+    assert all(body.read(5)[:5] == b"later" for body in bodies)
+
+
+def test_body() -> None:
+    """What s3fs's client does with a file it can do with ours: measure it, read it in pieces, and begin again."""
+    data = noise(3 << 20)
+    body = Body(memoryview(data))
+    assert body.seek(0, os.SEEK_END) == len(body) == len(data)
+    for _ in range(2):
+        body.seek(0)
+        assert b"".join(iter(lambda: body.read(1 << 16), b"")) == data
+    assert body.tell() == len(data)
+    with body.getbuffer() as view:
+        assert view == data
+    body.seek(-5, os.SEEK_CUR)
+    assert body.read() == data[-5:]
+
+
+@pytest.mark.parametrize("fault", ["reset", "503", "lost"])
+def test_a_part_is_sent_again_from_its_beginning(s3_place: S3Place, fault: Any) -> None:
+    """s3fs's client tries parts again by itself: the second time they are as whole as the first."""
+    data = noise(2 * BLOCK + 1)
+    with Proxy(endpoint(s3_place), first(2, "partNumber=2", fault)) as proxy:
+        store(open_with_s3fs(s3_place.url, through(proxy, s3_place)), "rank", data)
+        assert proxy.seen[fault] == 2
+    assert s3_place.client.get_object(Bucket=s3_place.bucket, Key="run/rank")["Body"].read() == data
+
+
+def test_ranges_are_read_in_parallel(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large range is asked for in several requests at the same time."""
+    storage = open_s3(s3_place.url, s3_place.storage_options)
+    storage.put("rank", b"x", replace=True)
+    gate = threading.Barrier(3)
+    name = "_read_piece" if isinstance(storage, ObjectStorage) else "_read_range"
+    monkeypatch.setattr(storage, name, lambda *_: bytes(READ_PIECE if gate.wait(30) >= 0 else 0))
+    storage.read_into("rank", 0, memoryview(bytearray(3 * READ_PIECE)))
 
 
 def test_more_parts_than_s3_takes(open_s3: Opener, s3_place: S3Place) -> None:

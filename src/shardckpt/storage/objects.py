@@ -18,15 +18,13 @@ from shardckpt.storage.base import GET_LIMIT, ObjectWriter, Stat, Storage, check
 from shardckpt.storage.connection import Connection
 from shardckpt.storage.remote import forget
 from shardckpt.storage.retry import retrying
+from shardckpt.storage.traffic import READ_PIECE, SLOTS, WIDTH
 from shardckpt.storage.translate import is_transient, lacks_conditions, translating
-from shardckpt.storage.uploads import SLOTS, WIDTH, Upload
+from shardckpt.storage.uploads import Upload
 from shardckpt.workers import for_each
 
 if TYPE_CHECKING:
     from obstore import PutMode
-
-READ_PIECE = 16 << 20
-"""Bytes asked for in one ranged read at most; the client returns a buffer of its own, which is copied into place."""
 
 COPY_LIMIT = 5 << 30
 """Bytes that S3 copies in one request."""

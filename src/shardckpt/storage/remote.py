@@ -24,11 +24,9 @@ from shardckpt.storage.base import (
     octets,
 )
 from shardckpt.storage.retry import retrying
+from shardckpt.storage.traffic import READ_PIECE, SLOTS, WIDTH
 from shardckpt.storage.translate import conceal, secrets_of, translating, without_credentials
-from shardckpt.workers import THREADS
-
-READ_PIECE = 16 << 20
-"""Bytes asked for in one ranged read at most: fsspec returns a buffer of its own, which is copied into place."""
+from shardckpt.workers import for_each
 
 # Where the file systems of fsspec keep the time of the last write; some have only that of the creation.
 _MODIFIED_KEYS = ("LastModified", "mtime", "modified", "updated", "last_modified", "created")
@@ -67,7 +65,7 @@ class RemoteStorage:
     def __init__(self, filesystem: Any, path: str, url: str, secrets: tuple[str, ...]) -> None:
         self.url = url.rstrip("/") if not url.endswith("://") else url
         self.read_cache = ""
-        self.width = THREADS
+        self.width = WIDTH
         self.filesystem = filesystem
         self._root = path.rstrip("/")
         self._secrets = secrets
@@ -103,15 +101,19 @@ class RemoteStorage:
 
     def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:  # noqa: ARG002 - there is no cache
         into = octets(into)
-        for done in range(0, len(into), READ_PIECE):
-            piece = into[done : done + READ_PIECE]
-            data = self._read_range(name, offset + done, len(piece))
-            if len(data) != len(piece):
-                raise CorruptCheckpointError(
-                    f"{self.url_of(name)} is too short: of the {len(piece)} bytes from {offset + done} on only "
-                    f"{len(data)} are there"
-                )
-            piece[:] = data
+
+        def read(start: int) -> None:
+            piece = into[start : start + READ_PIECE]
+            with SLOTS:
+                data = self._read_range(name, offset + start, len(piece))
+                if len(data) != len(piece):
+                    raise CorruptCheckpointError(
+                        f"{self.url_of(name)} is too short: of the {len(piece)} bytes from {offset + start} on only "
+                        f"{len(data)} are there"
+                    )
+                piece[:] = data
+
+        for_each(range(0, len(into), READ_PIECE), read, threads=WIDTH, name="range")
 
     def in_cache(self, name: str, offset: int, nbytes: int) -> bool:  # noqa: ARG002 - there is none
         check_name(name)
@@ -227,6 +229,9 @@ class RemoteStorage:
 
 class RemoteWriter:
     """One object, written in the order of its offsets. The :class:`~shardckpt.storage.ObjectWriter` contract applies.
+
+    A file is all that fsspec has for writing what is too large for memory; it sends one part after another. Where there
+    is a way to do better the storage is another one: see ``objects`` and ``s3``.
 
     Pieces that come before their turn are held in memory; those that are due are written by whoever brings them,
     while the others wait: so the amount held is what the callers are ahead of the order, no more.

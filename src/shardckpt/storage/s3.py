@@ -7,20 +7,17 @@ Listings and sizes are asked of the server every time: s3fs answers them from a 
 import builtins
 import logging
 import os
-import threading
 from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
 
-from shardckpt.errors import ObjectExistsError, ObjectNotFoundError, StorageError, UsageError
-from shardckpt.storage.base import BLOCK, GET_LIMIT, ObjectWriter, Pieces, Stat, Storage, check_name, copy_plain, octets
+from shardckpt.errors import ObjectExistsError, StorageError, UsageError
+from shardckpt.storage.base import GET_LIMIT, ObjectWriter, Stat, Storage, copy_plain
 from shardckpt.storage.remote import RemoteStorage
 from shardckpt.storage.retry import retrying
+from shardckpt.storage.s3_uploads import S3Writer
 from shardckpt.storage.translate import is_transient, lacks_conditions, s3_code
-
-MAX_PARTS = 10_000
-"""Parts of one upload, by the rules of S3."""
 
 _DELETE_BATCH = 1000
 
@@ -203,113 +200,6 @@ class S3Storage(RemoteStorage):
                 f"{self.url} was opened before this process was forked, and an S3 connection does not survive that: "
                 "open it in the child, or start the child with the spawn method"
             )
-
-
-class S3Writer:
-    """One object, uploaded in parts by the threads that bring them.
-
-    The :class:`~shardckpt.storage.ObjectWriter` contract applies. A part is one block; for an object of more than
-    10,000 blocks (78 GiB) it is as many consecutive blocks as needed, held until they are together. An object of one
-    block is a single PUT.
-    """
-
-    def __init__(self, storage: S3Storage, name: str, size_hint: int) -> None:
-        self._storage = storage
-        self._name = check_name(name)
-        self._pieces = Pieces(storage.url_of(name))
-        self._blocks_per_part = max(1, -(-size_hint // (BLOCK * MAX_PARTS)))
-        self._hold_first = size_hint <= BLOCK
-        self._lock = threading.Lock()
-        self._beginning = threading.Lock()
-        self._held: dict[int, dict[int, bytes]] = {}
-        self._etags: dict[int, str] = {}
-        self._upload = ""
-        self._committed = False
-
-    def write(self, offset: int, data: memoryview) -> None:
-        data = octets(data)
-        part, block = divmod(offset // BLOCK, self._blocks_per_part)
-        # botocore takes bytes only; the copy is made before any lock is taken.
-        body = bytes(data)
-        with self._pieces.writing(offset, len(data)), self._storage.translating("write", self._name):
-            if part >= MAX_PARTS:
-                raise StorageError(
-                    f"cannot write {self._storage.url_of(self._name)}: it has more than {MAX_PARTS} parts, since it is "
-                    "larger than it was announced to be"
-                )
-            with self._lock:
-                blocks = self._held.setdefault(part, {})
-                blocks[block] = body
-                if len(blocks) < self._blocks_per_part or (part == 0 and self._hold_first):
-                    return
-                del self._held[part]
-            self._send(part, blocks)
-
-    def commit(self) -> None:
-        size = self._pieces.finish()
-        with self._storage.translating("commit", self._name):
-            if not self._upload and self._held.keys() <= {0}:
-                body = _joined(self._held.pop(0, {}))
-                retrying(lambda: self._storage.request("put_object", self._name, Body=body))
-            else:
-                for part in sorted(self._held):
-                    self._send(part, self._held.pop(part))
-                self._complete(size)
-        self._storage.forget(self._storage.path_of(self._name))
-        self._committed = True
-
-    def abort(self) -> None:
-        if self._committed:
-            return
-        self._pieces.close()
-        self._held.clear()
-        try:
-            if self._upload:
-                self._storage.request("abort_multipart_upload", self._name, UploadId=self._upload)
-            self._storage.delete([self._name])
-        except Exception as error:  # noqa: BLE001 - abort never raises
-            _log.warning(
-                "an upload to %s could not be cancelled (%s); its parts cost money until the bucket's lifecycle rules "
-                "remove them",
-                self._storage.url_of(self._name),
-                type(error).__name__,
-            )
-
-    def _send(self, part: int, blocks: dict[int, bytes]) -> None:
-        body = _joined(blocks)
-        upload = self._begun()
-        answer = retrying(
-            lambda: self._storage.request("upload_part", self._name, UploadId=upload, PartNumber=part + 1, Body=body)
-        )
-        with self._lock:
-            self._etags[part + 1] = answer["ETag"]
-
-    def _begun(self) -> str:
-        with self._beginning:
-            if not self._upload:
-                answer = retrying(lambda: self._storage.request("create_multipart_upload", self._name))
-                self._upload = answer["UploadId"]
-            return self._upload
-
-    def _complete(self, size: int) -> None:
-        parts = [{"PartNumber": number, "ETag": etag} for number, etag in sorted(self._etags.items())]
-        arguments = {"UploadId": self._upload, "MultipartUpload": {"Parts": parts}}
-        try:
-            retrying(lambda: self._storage.request("complete_multipart_upload", self._name, **arguments))
-        except FileNotFoundError:
-            # The answer to the first of several attempts may have been lost; the later ones find no upload any more.
-            if self._size_now() != size:
-                raise
-
-    def _size_now(self) -> int | None:
-        try:
-            return self._storage.size(self._name)
-        except ObjectNotFoundError:
-            return None
-
-
-def _joined(blocks: dict[int, bytes]) -> bytes:
-    return b"".join(blocks[block] for block in sorted(blocks)) if len(blocks) != 1 else next(iter(blocks.values()))
 
 
 def _seconds(moment: Any) -> float | None:

@@ -134,12 +134,9 @@ def without_payload_hashes(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the options with which s3fs leaves out hashes of what it sends, unless the user has said otherwise.
 
     Over plain http its client signs a SHA-256 of every part, which takes four times as long as sending it; over https
-    it does not. Our own digests are in the checkpoint either way.
+    it makes checksums in Python, and sends them in a way that some stores take for data. Our own digests are in the
+    checkpoint either way.
     """
-    client = options.get("client_kwargs") or {}
-    endpoint = _endpoint(options.get("endpoint_url") or client.get("endpoint_url"), options.get("profile"))
-    if endpoint is None or endpoint.startswith("https://"):
-        return options
     config = dict(options.get("config_kwargs") or {})
     config["s3"] = {"payload_signing_enabled": False, **(config.get("s3") or {})}
     config.setdefault("request_checksum_calculation", "when_required")

@@ -9,22 +9,15 @@ import obstore
 
 from shardckpt.errors import ObjectNotFoundError, StorageError
 from shardckpt.storage.base import BLOCK, Pieces, octets
+from shardckpt.storage.traffic import MAX_PARTS, SLOTS, WIDTH
 
 if TYPE_CHECKING:
     from obstore import WritableFile
 
     from shardckpt.storage.objects import ObjectStorage
 
-MAX_PARTS: Final = 10_000
-"""Parts of one upload, by the rules of S3."""
-
-WIDTH: Final = 8
-"""Requests with a body that this process has under way at once, up and down, whatever the number of objects."""
-
 GRACE: Final = 0.05
 """Seconds that a piece which overtook others waits for them, which is cheaper than the copy that is made otherwise."""
-
-SLOTS: Final = threading.BoundedSemaphore(WIDTH)
 
 _log = logging.getLogger(__name__)
 
