@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import obstore
 
@@ -19,12 +19,14 @@ from shardckpt.storage.connection import Connection
 from shardckpt.storage.remote import forget
 from shardckpt.storage.retry import retrying
 from shardckpt.storage.traffic import READ_PIECE, SLOTS, WIDTH
-from shardckpt.storage.translate import is_transient, lacks_conditions, translating
+from shardckpt.storage.translate import is_missing_bucket, is_transient, lacks_conditions, translating
 from shardckpt.storage.uploads import Upload
 from shardckpt.workers import for_each
 
 if TYPE_CHECKING:
-    from obstore import PutMode
+    from obstore import PutMode, UpdateVersion
+
+_BESIDE = {"s3fs": "S3FileSystem", "gcsfs": "GCSFileSystem", "adlfs": "AzureBlobFileSystem"}
 
 COPY_LIMIT = 5 << 30
 """Bytes that S3 copies in one request."""
@@ -69,7 +71,7 @@ class ObjectStorage:
                 found = self._found(key)
                 if found is None or found[0] != replace:
                     raise ObjectExistsError(f"cannot replace {self.url_of(name)}: it is not what it was")
-                self._put_on_condition(key, data, {"e_tag": found[1]})
+                self._put_on_condition(key, data, found[1])
         self.changed([name])
 
     def get(self, name: str, *, limit: int = GET_LIMIT) -> bytes:
@@ -139,11 +141,12 @@ class ObjectStorage:
                 )
 
     def changed(self, names: Sequence[str]) -> None:
-        """Make s3fs, where it is in use, forget what it knows of objects: Lightning looks at checkpoints through it."""
-        module = sys.modules.get("s3fs")
-        if module is not None:
-            for name in names:
-                forget(module.S3FileSystem, self.url_of(name).partition("://")[2])
+        """Make s3fs and its like, where in use, forget what they know: Lightning looks at checkpoints through them."""
+        for package, kind in _BESIDE.items():
+            module = sys.modules.get(package)
+            if module is not None:
+                for name in names:
+                    forget(getattr(module, kind), self.url_of(name).partition("://")[2])
 
     def prepare(self) -> None:
         """Check that the bucket exists and the credentials may list it; a prefix needs no making."""
@@ -214,13 +217,15 @@ class ObjectStorage:
                 f"{self.url_of(name)} is too short: of the {nbytes} bytes from {offset} on only {len(data)} are there"
             )
 
-    def _found(self, key: str) -> tuple[bytes, str | None] | None:
-        """What an object holds and its tag; None if there is none."""
+    def _found(self, key: str) -> "tuple[bytes, UpdateVersion] | None":
+        """What an object holds and how the store tells it from others of its name; None if there is none."""
         try:
             found = obstore.get(self.connection.store, key)
-            return bytes(found.bytes()), found.meta["e_tag"]
+            # S3 and Azure go by the tag, Google by the version.
+            marks = {word: mark for word in ("e_tag", "version") if (mark := found.meta[word]) is not None}
+            return bytes(found.bytes()), cast("UpdateVersion", marks)
         except FileNotFoundError as error:
-            if not isinstance(error, ObjectNotFoundError) and "NoSuchBucket" in str(error):
+            if not isinstance(error, ObjectNotFoundError) and is_missing_bucket(error):
                 raise
             return None
 

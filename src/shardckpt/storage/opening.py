@@ -51,8 +51,8 @@ def open_storage(path: str | os.PathLike[str], storage_options: Mapping[str, Any
     Args:
         path: a local path (relative ones are resolved now, a leading ``~`` is expanded), a ``file://`` URL, or any URL
             that fsspec understands.
-        storage_options: those of the fsspec file system; a local path ignores them. On ``s3://`` obstore does the work
-            where it is installed and can be told the same, else s3fs.
+        storage_options: those of the fsspec file system; a local path ignores them. On ``s3://``, ``gs://``, ``az://``
+            and ``abfs://`` obstore does the work where it is installed and can be told the same, else that file system.
 
     Raises:
         UsageError: nothing understands ``path``, or the package for it is not installed.
@@ -68,6 +68,10 @@ def _open_remote(url: str, options: Mapping[str, Any]) -> Storage:
         from shardckpt.storage.s3_opening import open_s3
 
         return open_s3(url, options)
+    if url.partition("://")[0] in ("gs", "gcs", "az", "abfs", "abfss"):
+        from shardckpt.storage.cloud_opening import open_cloud
+
+        return open_cloud(url, options)
     from shardckpt.storage.remote import RemoteStorage, filesystem_of
 
     filesystem, path = filesystem_of(url, options)

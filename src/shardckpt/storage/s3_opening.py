@@ -74,6 +74,11 @@ def _reason_for_s3fs(bucket: str, key: str) -> str | None:
         if ":" in bucket:
             return "obstore does not know access points"
         raise UsageError(f"{bucket!r} is not the name of a bucket")
+    return unfit_key(key)
+
+
+def unfit_key(key: str) -> str | None:
+    """Why obstore cannot be used for what is below a key, in this process; None if it can."""
     if key and _UNFIT.search(key):
         return "obstore refuses keys with empty parts, dots for parts, control characters or a version"
     from shardckpt.storage.connection import forked

@@ -225,6 +225,11 @@ def lacks_conditions(error: BaseException) -> bool:
     return s3_code(error) in ("NotImplemented", "501")
 
 
+def is_missing_bucket(error: BaseException) -> bool:
+    """Tell whether it is the bucket that does not exist, and not only the object."""
+    return s3_code(error) in ("NoSuchBucket", "ContainerNotFound")
+
+
 def without_credentials(url: str) -> str:
     """Return ``url`` with user, password and, for http, the query (which may be a signature) taken out."""
     url = re.sub(r"://[^/@]*@", "://***@", url)
