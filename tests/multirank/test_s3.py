@@ -5,6 +5,7 @@ import pytest
 import ranks
 from multirank import s3_cases
 from s3_server import S3Place, S3Server
+from storage.proxy import Proxy, sometimes
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 
@@ -45,3 +46,21 @@ def test_one_ranks_failed_upload_is_every_ranks(s3_place: S3Place) -> None:
         assert "NoSuchBucket" in said
         assert rank == 1 or "rank 1" in said
     assert len(keys(s3_place)) == 5
+
+
+@pytest.mark.parametrize("engine", ("obstore", "s3fs"))
+def test_one_request_in_ten_fails(s3_place: S3Place, engine: str) -> None:
+    """Whatever happens to a tenth of all requests, saves and loads of two ranks finish and are bitwise right."""
+    server = s3_place.storage_options["client_kwargs"]["endpoint_url"]
+    with Proxy(server, sometimes(0.1, seed=5)) as proxy:
+        options = {**s3_place.storage_options, "client_kwargs": {"endpoint_url": proxy.endpoint}}
+        if engine == "s3fs":
+            options["s3_additional_kwargs"] = {"ContentType": "x"}  # nothing that obstore could be told
+        for said in ranks.world(2).run(s3_cases.whole_life, s3_place.url, options, {}, None):
+            assert said["restored"] == said["digest"]
+            assert said["latest"] == f"{s3_place.url}/b"
+            assert said["left"] == [False, True]
+            assert said["big"] == (5 << 20, 0.0)
+        assert sum(proxy.seen.values()) - proxy.seen[""] >= 10
+    assert len(keys(s3_place)) == 5
+    assert not s3_place.client.list_multipart_uploads(Bucket=s3_place.bucket).get("Uploads")

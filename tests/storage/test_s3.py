@@ -27,7 +27,7 @@ from shardckpt.storage.s3_opening import open_with_s3fs
 from shardckpt.storage.s3_uploads import Body, S3Writer
 from shardckpt.storage.traffic import READ_PIECE, WIDTH
 from storage.conformance import StorageConformance, noise, pieces, store
-from storage.proxy import Fault, Proxy, first, sometimes
+from storage.proxy import PASSING, Fault, Proxy, bursts, first, sometimes
 
 pytestmark = pytest.mark.s3
 
@@ -95,6 +95,12 @@ class TestObstore(S3Conformance):
 
 
 class TestObstoreOnSeaweedFS(S3Conformance):
+    """With checksums, which SeaweedFS holds against what it gets."""
+
+    @staticmethod
+    def opener(url: str, options: dict[str, Any]) -> Storage:
+        return open_storage(url, options | {"s3_additional_kwargs": {"ChecksumAlgorithm": "CRC64NVME"}})
+
     @pytest.fixture(autouse=True)
     def root(self, weed_place: S3Place) -> None:
         self.place = weed_place
@@ -359,7 +365,7 @@ def test_nobody_there(open_s3: Opener, s3_place: S3Place) -> None:
         open_s3("s3://bucket/run", options).prepare()
 
 
-@pytest.mark.parametrize("fault", ["reset", "503"])
+@pytest.mark.parametrize("fault", [fault for fault in PASSING if fault != "slow"])
 @pytest.mark.parametrize("word", ["partNumber=2", "GET /"], ids=["upload", "download"])
 def test_retries(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch, fault: Any, word: str) -> None:
     """A part or a range whose request is reset or turned away a few times gets through."""
@@ -372,6 +378,36 @@ def test_retries(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyP
         storage.read_into("rank", 0, memoryview(into))
         assert into == data
         assert proxy.seen[fault] == 3
+
+
+def test_a_slow_line_and_a_store_that_has_enough(
+    open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that take long, and now and then are refused many times in a row, get through and are right."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    with Proxy(endpoint(s3_place), bursts(10, 4), latency=0.01, bandwidth=200e6) as proxy:
+        storage = open_s3(s3_place.url, through(proxy, s3_place))
+        data = noise(2 * BLOCK + 5)
+        store(storage, "rank", data)
+        into = bytearray(len(data))
+        storage.read_into("rank", 0, memoryview(into))
+        assert into == data
+        for number in range(8):
+            storage.put("lease", b"%d" % number, replace=True)
+        assert storage.get("lease") == b"7"
+        assert proxy.seen["503"] >= 4
+
+
+@pytest.mark.parametrize(("fault", "words"), [("skewed", "clock of this machine"), ("expired", "renew them")])
+def test_refused_for_good(open_s3: Opener, s3_place: S3Place, fault: Any, words: str) -> None:
+    """Expired credentials and a wrong clock are errors about access that say what to do, and show no credential."""
+    with Proxy(endpoint(s3_place), first(99, "", fault)) as proxy:
+        storage = open_s3(s3_place.url, through(proxy, s3_place))
+        for attempt in (storage.prepare, lambda: storage.put("lease", b"", replace=True), lambda: storage.get("x")):
+            with pytest.raises(StorageAccessError, match=f"{s3_place.bucket}.*not now.*{words}") as caught:
+                attempt()
+            assert "testsecret" not in str(caught.value)
+        assert proxy.seen[fault] < 10
 
 
 def test_one_request_in_ten_fails(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,12 +477,24 @@ def test_missing_permission(open_s3: Opener, s3_place: S3Place, word: str) -> No
     assert keys(s3_place) == []
 
 
-def test_tries_are_counted(s3_place: S3Place) -> None:
+def test_tries_are_counted(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a store stays down, the error names the object, what the store said, and how often it was asked."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(retry, "ATTEMPTS", 3)
     with Proxy(endpoint(s3_place), lambda *_: "503") as proxy:
         options = through(proxy, s3_place) | {"config_kwargs": {"retries": {"max_attempts": 2}}}
         with pytest.raises(StorageError, match=rf"cannot look at {s3_place.url}/rank: .*503.*, tried 3 times"):
-            open_storage(s3_place.url, options).size("rank")
+            open_s3(s3_place.url, options).size("rank")
+
+
+def test_deadline(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many attempts are left, none is begun after the deadline of the whole."""
+    monkeypatch.setattr(retry, "DEADLINE", 0.0)
+    with Proxy(endpoint(s3_place), lambda *_: "503") as proxy:
+        options = through(proxy, s3_place) | {"config_kwargs": {"retries": {"max_attempts": 0}}}
+        with pytest.raises(StorageError, match="503"):
+            open_s3(s3_place.url, options).size("rank")
+        assert proxy.seen["503"] <= 5  # s3fs's own
 
 
 def test_failed_part(s3_place: S3Place) -> None:
@@ -471,6 +519,41 @@ def test_lost_answer_to_the_last_request(s3_place: S3Place) -> None:
         store(open_storage(s3_place.url, through(proxy, s3_place)), "rank", data)
         assert proxy.seen["lost"] == 1
     assert s3_place.client.get_object(Bucket=s3_place.bucket, Key="run/rank")["Body"].read() == data
+
+
+@pytest.mark.parametrize("fault", ["cut", "lost"])
+def test_broken_answer_to_the_first_request(
+    open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch, fault: Any
+) -> None:
+    """An upload whose beginning the store has seen but not we is begun again, and the first one does not stay."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    data = noise(2 * BLOCK + 3)
+    with Proxy(endpoint(s3_place), first(2, "?uploads", fault)) as proxy:
+        storage = open_s3(s3_place.url, through(proxy, s3_place))
+        store(storage, "rank", data)
+        assert proxy.seen[fault] == 2
+    assert s3_place.client.get_object(Bucket=s3_place.bucket, Key="run/rank")["Body"].read() == data
+    is_known = isinstance(storage, ObjectStorage) and fault == "cut"
+    # Where the client asks again by itself nobody hears of the first upload.
+    left = s3_place.client.list_multipart_uploads(Bucket=s3_place.bucket).get("Uploads", [])
+    assert not (left and is_known)
+
+
+@pytest.mark.parametrize("word", ["list-type=2", "POST /", "PUT /", "HEAD /"])
+def test_broken_answers(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    """An answer that ends too early, to whatever request, is no answer, and it is asked again."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    with Proxy(endpoint(s3_place), first(2, word, "cut")) as proxy:
+        storage = open_s3(f"{s3_place.url}/place", through(proxy, s3_place))
+        storage.prepare()
+        storage.put("a", b"1", replace=False)
+        storage.put("a", b"2", replace=b"1")
+        store(storage, "b", noise(BLOCK + 1))
+        assert [(stat.name, stat.size) for stat in storage.list()] == [("a", 1), ("b", BLOCK + 1)]
+        assert (storage.get("a"), storage.size("b")) == (b"2", BLOCK + 1)
+        storage.delete(["a", "b"])
+        assert storage.list() == []
+        assert proxy.seen["cut"] == 2
 
 
 def test_early_pieces_are_held(s3_place: S3Place) -> None:

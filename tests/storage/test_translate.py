@@ -265,13 +265,13 @@ def test_retrying(monkeypatch: pytest.MonkeyPatch) -> None:
         pauses.clear()
         return request
 
-    assert retrying(failing(3, ConnectionResetError())) == "answer"
-    assert len(calls) == retry.ATTEMPTS == 4
-    assert [0.1 < pause < 2 for pause in pauses] == [True] * 3
+    assert retrying(failing(retry.ATTEMPTS - 1, ConnectionResetError())) == "answer"
+    assert len(calls) == retry.ATTEMPTS
+    assert all(0.1 < pause < 15 for pause in pauses)
     with pytest.raises(ConnectionResetError):
         retrying(failing(99, ConnectionResetError()))
     assert len(calls) == retry.ATTEMPTS
-    assert sum(pauses) < 5
+    assert sum(pauses) < 60
     with pytest.raises(PermissionError):
         retrying(failing(99, PermissionError()))
     assert len(calls) == 1

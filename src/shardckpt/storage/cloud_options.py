@@ -3,6 +3,7 @@
 As with S3, an option that obstore has nothing for raises :class:`UntranslatableError`, and gcsfs or adlfs do the work.
 """
 
+import datetime
 import json
 import os
 import re
@@ -10,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from shardckpt.errors import UsageError
-from shardckpt.storage.s3_options import DEADLINE, UntranslatableError
+from shardckpt.storage.retry import DEADLINE
+from shardckpt.storage.s3_options import UntranslatableError
 from shardckpt.storage.translate import secrets_of
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def gcs_factory(bucket: str, options: Mapping[str, Any]) -> Factory:
     def make(retries: int) -> tuple[Any, tuple[str, ...]]:
         from obstore.store import GCSStore
 
-        limits = {"max_retries": retries, "retry_timeout": DEADLINE}
+        limits = {"max_retries": retries, "retry_timeout": datetime.timedelta(seconds=DEADLINE)}
         return GCSStore(bucket, config=config, client_options=client, retry_config=limits), secrets_of(options)  # type: ignore[arg-type] # a dict made for two calls
 
     return make
@@ -97,7 +99,7 @@ def azure_factory(container: str, options: Mapping[str, Any]) -> Factory:
     def make(retries: int) -> tuple[Any, tuple[str, ...]]:
         from obstore.store import AzureStore
 
-        limits = {"max_retries": retries, "retry_timeout": DEADLINE}
+        limits = {"max_retries": retries, "retry_timeout": datetime.timedelta(seconds=DEADLINE)}
         store = AzureStore(
             named["container"] if named else container,
             config=config,

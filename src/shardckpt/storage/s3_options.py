@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shardckpt.errors import StorageAccessError, UsageError
+from shardckpt.storage.retry import DEADLINE
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Config, S3Credential
 
-DEADLINE: Final = datetime.timedelta(minutes=3)
-"""How long a request is tried again at most."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +38,8 @@ _CONFIG_IGNORED = """
     max_pool_connections parameter_validation request_checksum_calculation response_checksum_validation tcp_keepalive
     user_agent user_agent_extra
 """
-_ENCRYPTION: Final = {
+_ADDITIONAL: Final = {
+    "ChecksumAlgorithm": "checksum_algorithm",
     "ServerSideEncryption": "server_side_encryption",
     "SSEKMSKeyId": "sse_kms_key_id",
     "BucketKeyEnabled": "sse_bucket_key_enabled",
@@ -116,10 +116,14 @@ def translated(options: Mapping[str, Any]) -> Settings:
     if region is not None:
         config["region"] = region
     _verify(client.get("verify"), told)
-    extra = dict(options.get("s3_additional_kwargs") or {})
-    _only(extra, _ENCRYPTION, "s3_additional_kwargs")
+    # Amazon knows it, and it costs next to nothing; of others many take no checksums, or only some kinds.
+    extra = {} if endpoint else {"ChecksumAlgorithm": "CRC64NVME"}
+    extra |= options.get("s3_additional_kwargs") or {}
+    _only(extra, _ADDITIONAL, "s3_additional_kwargs")
+    if extra.get("ChecksumAlgorithm", "SHA256") not in ("SHA256", "CRC64NVME"):
+        raise UntranslatableError("s3_additional_kwargs['ChecksumAlgorithm']")
     for name, value in extra.items():
-        config[_ENCRYPTION[name]] = value  # type: ignore[literal-required]
+        config[_ADDITIONAL[name]] = value  # type: ignore[literal-required]
     credentials = Credentials(
         bool(options.get("anon")),
         options.get("key") or options.get("username") or client.get("aws_access_key_id"),
@@ -164,7 +168,7 @@ def store_factory(bucket: str, settings: Settings) -> "Callable[[int], tuple[Any
             client_options=settings.client,
             retry_config={
                 "max_retries": retries if settings.retries is None else min(retries, settings.retries),
-                "retry_timeout": DEADLINE,
+                "retry_timeout": datetime.timedelta(seconds=DEADLINE),
             },
             credential_provider=provider,
         )

@@ -125,6 +125,20 @@ _ADVICE: tuple[tuple[_Ours, str], ...] = (
     (StorageError, "Check that the storage is up and reachable, then try again"),
 )
 
+_REGION = "Check client_kwargs={'region_name': ...} and the endpoint: the bucket lies elsewhere"
+_CODE_ADVICE: Mapping[str, str] = {
+    "NoSuchBucket": "Check the bucket's name and the endpoint; buckets are never made, so make it first",
+    "ContainerNotFound": "Check the container's name and the account; containers are never made, so make it first",
+    "RequestTimeTooSkewed": "The clock of this machine is wrong: set it by a time server",
+    "ExpiredToken": "The credentials have expired: renew them, or let a profile or a role do it",
+    "AuthorizationHeaderMalformed": _REGION,
+    "PermanentRedirect": _REGION,
+    "301": _REGION,
+}
+"""Where the error code of an answer says more than its class."""
+
+_ATTEMPTS = "_shardckpt_attempts"
+
 _TRANSIENT_CODES = {
     "ConditionalRequestConflict",
     "InternalError",
@@ -154,6 +168,10 @@ _REQUEST = re.compile(r"Error performing [A-Z]+ (?:\S+ )?in [\d.]+\S*")
 _RETRIES = re.compile(r"after (\d+) retries")
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([^<]+)</Code>")
+# What it does not try again by itself: the answer came, and broke off.
+_BROKEN_OFF = re.compile(
+    r"HTTP error: .*body|error (?:decoding|reading) (?:a )?(?:response )?body|error reading a body"
+)
 _MESSAGE = re.compile(r"<Message>([^<]+)</Message>")
 
 _SECRET_KEY = re.compile(r"key|secret|token|pass|cred|sas|connection")
@@ -179,8 +197,10 @@ def translating(doing: str, where: str, secrets: tuple[str, ...] = ()) -> Iterat
 def translate(error: Exception, doing: str, where: str, secrets: tuple[str, ...] = ()) -> ShardckptError:
     """Return the error of ours that stands for ``error``; see :func:`translating`."""
     ours = classify(error)
-    advice = next(text for base, text in _ADVICE if issubclass(ours, base))
-    translated = ours(f"cannot {doing} {where}: {conceal(_reason(error), secrets)}. {advice}")
+    advice = _CODE_ADVICE.get(s3_code(error)) or next(text for base, text in _ADVICE if issubclass(ours, base))
+    attempts = getattr(error, _ATTEMPTS, 1)
+    tried = f", tried {attempts} times" if attempts > 1 else ""
+    translated = ours(f"cannot {doing} {where}: {conceal(_reason(error), secrets)}{tried}. {advice}")
     if isinstance(translated, OSError) and isinstance(error, OSError):
         translated.errno = error.errno
     return translated
@@ -206,6 +226,11 @@ def s3_code(error: BaseException) -> str:
     return found[1] if found else ""
 
 
+def count_attempts(error: BaseException, attempts: int) -> None:
+    """Note on an error how often its request has been made, for its translation."""
+    setattr(error, _ATTEMPTS, attempts)
+
+
 def is_transient(error: BaseException) -> bool:
     """Tell whether the same request may well succeed if it is sent again soon."""
     metadata = _response(error).get("ResponseMetadata")
@@ -215,6 +240,8 @@ def is_transient(error: BaseException) -> bool:
         found = _STATUS.search(said)
         status = int(found[1]) if found else None
         return not _RETRIES.search(said) and (status is None or status in _TRANSIENT_STATUS or _conflicts(error))
+    if type(error).__module__.startswith("obstore") and _BROKEN_OFF.search(str(error).partition("\n\n")[0]):
+        return True
     if s3_code(error) in _TRANSIENT_CODES or status in _TRANSIENT_STATUS:
         return True
     return any(name in _TRANSIENT_CLASSES for name in _names(error))

@@ -3,12 +3,14 @@
 import logging
 import threading
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import obstore
 
 from shardckpt.errors import ObjectNotFoundError, StorageError
 from shardckpt.storage.base import BLOCK, Pieces, octets
+from shardckpt.storage.retry import retrying
 from shardckpt.storage.traffic import MAX_PARTS, SLOTS, WIDTH
 
 if TYPE_CHECKING:
@@ -29,12 +31,14 @@ class _Loan:
         self.returned = threading.Event()
         self._loans = loans
         self._loans.add(self)
-        self._watch = weakref.ref(view, self._let_go)
+        self._watch = weakref.ref(view, self.end)
 
-    def _let_go(self, _: "weakref.ref[memoryview]") -> None:
-        SLOTS.release()
-        self._loans.discard(self)
-        self.returned.set()
+    def end(self, _: "weakref.ref[memoryview] | None" = None) -> None:
+        """The client has let go of the piece, or has never had it."""
+        if self in self._loans:
+            self._loans.discard(self)
+            SLOTS.release()
+            self.returned.set()
 
 
 class Upload:
@@ -57,7 +61,9 @@ class Upload:
         self._early: dict[int, bytes] = {}
         self._loans: set[_Loan] = set()
         self._position = 0
+        self._front: list[bytes] = []
         self._file: WritableFile | None = None
+        self._has_strays = False
         self._closed = False
         self._committed = False
 
@@ -99,20 +105,38 @@ class Upload:
                         raise
         self._storage.changed([self._name])
         self._committed = True
+        if self._has_strays:
+            self._cancel_all()
 
     def abort(self) -> None:
         if self._committed:
             return
         self._pieces.close()
         self._early.clear()
-        try:
-            if self._file is not None and not self._closed:
-                self._closed = True
+        if self._file is not None and not self._closed:
+            self._closed = True
+            try:
                 self._file.__exit__(StorageError, None, None)
-            elif self._file is not None:
-                self._cancel()
+            except Exception:  # noqa: BLE001 - abort never raises, and there is another way
+                self._has_strays = True
+        elif self._file is not None:
+            # It could not be completed, and the client has forgotten it by then.
+            self._has_strays = True
+        if self._has_strays:
+            self._cancel_all()
+        try:
             self._storage.delete([self._name])
-        except Exception as error:  # noqa: BLE001 - abort never raises
+        except Exception as error:  # noqa: BLE001 - as above
+            _log.warning("%s could not be removed (%s)", self._storage.url_of(self._name), type(error).__name__)
+
+    def _cancel_all(self) -> None:
+        """Cancel what uploads there are of this object: its name is that of one save, so all are its own."""
+        try:
+            cancel = getattr(self._storage.spare(), "cancel_uploads", None)
+            if cancel is None:
+                raise StorageError("only s3fs can cancel it now")
+            cancel(self._name)
+        except Exception as error:  # noqa: BLE001 - the save has succeeded or failed without this
             _log.warning(
                 "an upload to %s could not be cancelled (%s); its parts cost money until the bucket's lifecycle rules "
                 "remove them",
@@ -130,31 +154,46 @@ class Upload:
 
         Called with the turn held.
         """
-        if self._file is None:
-            key = self._storage.key_of(self._name)
-            store = self._storage.connection.store
-            self._file = obstore.open_writer(store, key, buffer_size=self._part, max_concurrency=WIDTH)
         loan = None
         if (self._position + len(data)) % self._part:
-            self._file.write(bytes(data))
+            self._hand_over(bytes(data))
         else:
             SLOTS.acquire()
             # A view of its own, that nobody else refers to: it dies when the client lets go of it.
             view = memoryview(data)
             loan = _Loan(view, self._loans)
             try:
-                self._file.write(view)
+                self._hand_over(view)
+            except BaseException:
+                loan.end()
+                raise
             finally:
                 del view
         self._position += len(data)
         return loan
 
-    def _cancel(self) -> None:
-        """Cancel an upload that obstore could not complete: it has forgotten it by then."""
-        cancel = getattr(self._storage.spare(), "cancel_uploads", None)
-        if cancel is None:
-            raise StorageError("only s3fs can cancel it now")
-        cancel(self._name)
+    def _hand_over(self, data: bytes | memoryview) -> None:
+        if self._file is not None:
+            self._file.write(data)
+        elif self._position + len(data) < self._part:
+            self._front.append(bytes(data))
+        else:
+            retrying(partial(self._begin, data))
+            self._front.clear()
+
+    def _begin(self, last: bytes | memoryview) -> None:
+        """Have the client begin the upload, which it does when it has a whole part."""
+        key = self._storage.key_of(self._name)
+        store = self._storage.connection.store
+        file = obstore.open_writer(store, key, buffer_size=self._part, max_concurrency=WIDTH)
+        try:
+            for data in (*self._front, last):
+                file.write(data)
+        except Exception:
+            # The store may have begun one, and only the answer that says so have been lost.
+            self._has_strays = True
+            raise
+        self._file = file
 
     def _size_now(self) -> int | None:
         try:
