@@ -378,6 +378,23 @@ def test_which_remains_are_rubbish(tmp_path):
     }
 
 
+def test_prune(tmp_path):
+    """What dead saves left goes without another save; the checkpoint, live saves and files of others stay."""
+    path = tmp_path / "ck"
+    Checkpointer().save(state(1), path)
+    marker_of(path, "aaaaaaaaaaaaaa1").unlink()
+    marker_of(path, "zzzzzzzzzzzzzz5", machine="elsewhere", pid=1)
+    (path / "notes.txt").write_text("mine")
+    assert Checkpointer().prune(path) == [filenames.shard_name(0, "aaaaaaaaaaaaaa1")]
+    alive = {filenames.marker_name("zzzzzzzzzzzzzz5"), filenames.shard_name(0, "zzzzzzzzzzzzzz5"), "notes.txt"}
+    assert set(files(path)) == ours(path) | alive
+    assert Checkpointer().prune(path) == []
+    assert shardckpt.is_checkpoint(path)
+    marker_of(tmp_path / "none", "aaaaaaaaaaaaaa1").unlink()
+    assert len(Checkpointer().prune(tmp_path / "none")) == 1
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_running_save_renews_its_marker(tmp_path, wrapped, monkeypatch):
     """A save that takes longer than a lease keeps it: the marker's time moves on while it runs, and ends with it."""
     monkeypatch.setattr(clearing, "RENEW_SECONDS", 0.02)

@@ -212,6 +212,15 @@ class Checkpointer:
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 
+    def prune(self, path: Path, *, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+        """Remove what saves that died have left at ``path``, and return the names of that; called by one rank.
+
+        It goes with the next save to ``path`` too, but for what nobody sees: an object store keeps the parts of an
+        upload that was never finished, and charges for them. Finding these takes s3fs. A checkpoint at ``path`` stays.
+        """
+        self._background.check_fork()
+        return commit.prune(open_storage(commit.checkpoint_path(path), self._options(storage_options)))
+
     def remove(self, path: Path, *, storage_options: Mapping[str, Any] | None = None) -> None:
         """Remove the checkpoint at ``path``; called by one rank, and the others need not know.
 

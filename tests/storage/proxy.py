@@ -93,6 +93,10 @@ class Proxy:
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.seen: Counter[str] = Counter()
         """How often each fault has happened; "" is none."""
+        self.most = 0
+        """Requests that were under way at the same time, at most."""
+        self._under_way = 0
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -124,6 +128,18 @@ class Proxy:
         headers = {name.lower(): value.strip() for name, _, value in (text.partition(":") for text in lines)}
         fault = self._rule(line, headers)
         self.seen[fault or ""] += 1
+        with self._lock:
+            self._under_way += 1
+            self.most = max(self.most, self._under_way)
+        try:
+            self._serve_one(client, fault, line, headers, body)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def _serve_one(
+        self, client: socket.socket, fault: Fault | None, line: str, headers: dict[str, str], body: bytes
+    ) -> None:
         time.sleep(self._latency)
         if fault == "reset":
             _reset(client)

@@ -13,6 +13,8 @@ import fsspec
 import pytest
 
 from s3_server import S3Place, free_port
+from shardckpt import commit, filenames
+from shardckpt.commit import clearing
 from shardckpt.errors import (
     ObjectExistsError,
     ObjectNotFoundError,
@@ -582,6 +584,72 @@ def test_unfinished_upload_is_cancelled(open_s3: Opener, s3_place: S3Place) -> N
     assert len(s3_place.client.list_multipart_uploads(Bucket=s3_place.bucket)["Uploads"]) == 1
     writer.abort()
     assert "Uploads" not in s3_place.client.list_multipart_uploads(Bucket=s3_place.bucket)
+
+
+def test_uploads_of_the_dead_are_pruned(open_s3: Opener, s3_place: S3Place) -> None:
+    """The unfinished uploads of a job that died are found and cancelled; those of a save that runs go on."""
+    place = f"{s3_place.url}/ck"
+    storage = open_s3(place, s3_place.storage_options)
+    dead, alive = (filenames.shard_name(0, save_id) for save_id in ("aaaaaaaaaaaaaa1", "aaaaaaaaaaaaaa2"))
+    clearing.take_lease(storage, "aaaaaaaaaaaaaa2", None)
+    try:
+        client = s3_place.client
+        for key in (f"run/ck/{dead}", f"run/ck/{dead}", f"run/ck/{alive}", "run/ck/notes", f"run/ck/below/{dead}"):
+            client.create_multipart_upload(Bucket=s3_place.bucket, Key=key)
+        storage.put(dead, b"", replace=True)
+        assert commit.prune(storage) == [dead]
+        left = client.list_multipart_uploads(Bucket=s3_place.bucket)["Uploads"]
+        assert {upload["Key"] for upload in left} == {f"run/ck/{alive}", f"run/ck/below/{dead}", "run/ck/notes"}
+        assert keys(s3_place) == [f"run/ck/{filenames.marker_name('aaaaaaaaaaaaaa2')}"]
+    finally:
+        commit.end_lease("aaaaaaaaaaaaaa2")
+        for upload in left:
+            client.abort_multipart_upload(Bucket=s3_place.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
+def test_many_objects_go_in_one_request(open_s3: Opener, s3_place: S3Place) -> None:
+    """Removal asks once for up to a thousand objects, and an alias copies several at the same time."""
+    with Proxy(endpoint(s3_place), lambda *_: None, latency=0.01) as proxy:
+        storage = open_s3(f"{s3_place.url}/a", through(proxy, s3_place))
+        names = [f"rank-{number}" for number in range(30)]
+        for name in names:
+            storage.put(name, name.encode(), replace=True)
+        other = open_s3(f"{s3_place.url}/b", through(proxy, s3_place))
+        other.copy_from(storage, names)
+        assert [other.get(name) for name in names] == [name.encode() for name in names]
+        before = sum(proxy.seen.values())
+        storage.delete(names)
+        assert sum(proxy.seen.values()) - before == 1
+        assert proxy.most > 2
+    assert len(keys(s3_place)) == 30
+
+
+def test_beginning_a_save_costs_one_round_trip(
+    open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training waits for one answer of the store, not for three; and if one of them is no, nothing is left."""
+    storage = open_s3(s3_place.url, s3_place.storage_options)
+    gate = threading.Barrier(3)
+    for name in ("prepare", "get", "put"):
+        original = getattr(storage, name)
+
+        def met(*arguments: Any, original: Any = original, **options: Any) -> Any:
+            gate.wait(30)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(storage, name, met)
+    assert commit.open_place(storage, "aaaaaaaaaaaaaa1", 0) is None
+    commit.end_lease("aaaaaaaaaaaaaa1")
+    assert len(keys(s3_place)) == 1
+
+    def refused() -> None:
+        gate.wait(30)
+        raise StorageAccessError("no")
+
+    monkeypatch.setattr(storage, "prepare", refused)
+    with pytest.raises(StorageAccessError, match="no"):
+        commit.open_place(storage, "aaaaaaaaaaaaaa1", 0)
+    assert keys(s3_place) == []
 
 
 def test_abort_never_raises(s3_place: S3Place, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ class WrapperStorage:
         self.inner = inner
         self.url = inner.url
         self.width = inner.width
+        self.has_places = inner.has_places
         self.read_cache = ""  # as if it were another machine's
 
     def called(self, method: str, name: str, nbytes: int) -> None:

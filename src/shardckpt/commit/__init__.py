@@ -5,7 +5,7 @@ is named after the save that wrote it, so a save never touches what it replaces,
 itself.
 """
 
-from shardckpt.commit.clearing import abandon, clean, end_lease, remove
+from shardckpt.commit.clearing import abandon, clean, end_lease, prune, remove
 from shardckpt.commit.finding import Found, checkpoint_path, find, is_checkpoint, latest, read
 from shardckpt.commit.publishing import (
     assemble,
@@ -34,6 +34,7 @@ __all__ = [
     "new_save_id",
     "now",
     "open_place",
+    "prune",
     "publish",
     "put_rank_manifest",
     "read",

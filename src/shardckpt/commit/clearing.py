@@ -11,13 +11,14 @@ import platform
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 from shardckpt import filenames
 from shardckpt.commit.finding import find
 from shardckpt.errors import ShardckptError
 from shardckpt.filenames import MANIFEST
-from shardckpt.storage import TEMP_PREFIX, Stat, Storage
+from shardckpt.storage import TEMP_PREFIX, Stat, Storage, Uploads
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def clean(storage: Storage, save_id: str) -> None:
         current = find(storage)
         if current is not None:
             keep = {MANIFEST, *current.manifest.file_names()}
-            doomed = _rubbish(storage, [stat for stat in listed if stat.name not in keep], own=save_id)
+            doomed = _rubbish([stat for stat in listed if stat.name not in keep], *_alive(storage, listed, own=save_id))
             storage.delete(doomed)
     except Exception as error:  # noqa: BLE001 - see above
         log.warning("the save to %s is committed, but what it replaced could not be removed: %s", storage.url, error)
@@ -135,12 +136,48 @@ def remove(storage: Storage) -> None:
         return
     storage.delete([MANIFEST])
     storage.sync()
-    storage.delete(_rubbish(storage, [stat for stat in listed if stat.name != MANIFEST]))
+    storage.delete(_rubbish([stat for stat in listed if stat.name != MANIFEST], *_alive(storage, listed)))
     storage.remove_place()
 
 
-def _rubbish(storage: Storage, listed: Sequence[Stat], own: str | None = None) -> list[str]:
-    """Which of these files may go, were none named by a commit record; ``own`` is a save that is over."""
+def prune(storage: Storage) -> list[str]:
+    """Remove what dead saves have left in a place, and return the names: files, and uploads that were never finished.
+
+    The checkpoint there stays, and what saves that are alive have written so far.
+    """
+    # Before the markers: whoever has begun one has left a marker before, or is through.
+    begun = storage.uploads() if isinstance(storage, Uploads) else []
+    listed = storage.list()
+    current = find(storage)
+    keep = set() if current is None else {MANIFEST, *current.manifest.file_names()}
+    alive, now = _alive(storage, listed)
+    doomed = _rubbish([stat for stat in listed if stat.name not in keep], alive, now)
+    names = {stat.name for stat in begun if filenames.is_checkpoint_file(stat.name)}
+    stale = sorted(name for name in names if filenames.save_id_of(name) not in alive)
+    if isinstance(storage, Uploads) and stale:
+        storage.cancel_uploads(stale)
+    storage.delete(doomed)
+    if not keep:
+        storage.remove_place()
+    return sorted({*doomed, *stale})
+
+
+def _rubbish(listed: Sequence[Stat], alive: AbstractSet[str | None], now: float) -> list[str]:
+    """Which of these files may go, were none named by a commit record."""
+    return [
+        stat.name
+        for stat in listed
+        if (filenames.is_checkpoint_file(stat.name) and filenames.save_id_of(stat.name) not in alive)
+        # What a crash in the middle of a put leaves has no save's name, only an age.
+        or (stat.name.startswith(TEMP_PREFIX) and now - (stat.modified or now) > LEASE_SECONDS)
+    ]
+
+
+def _alive(storage: Storage, listed: Sequence[Stat], own: str | None = None) -> tuple[set[str | None], float]:
+    """The ids of saves that run, as far as their markers show; and the time, by the storage's clock if it has one.
+
+    ``own`` is a save that is over.
+    """
     markers = {filenames.save_id_of(stat.name): stat for stat in listed if filenames.is_marker(stat.name)}
     # The storage's own clock, where it shows one: our marker was renewed a moment ago.
     now = (markers[own].modified if own in markers else None) or time.time()
@@ -149,13 +186,7 @@ def _rubbish(storage: Storage, listed: Sequence[Stat], own: str | None = None) -
         said = _read_marker(storage, stat.name)
         if save_id != own and _is_alive(said, stat, save_id, now):
             alive |= {save_id, said.get("shares")} - {None}
-    return [
-        stat.name
-        for stat in listed
-        if (filenames.is_checkpoint_file(stat.name) and filenames.save_id_of(stat.name) not in alive)
-        # What a crash in the middle of a put leaves has no save's name, only an age.
-        or (stat.name.startswith(TEMP_PREFIX) and now - (stat.modified or now) > LEASE_SECONDS)
-    ]
+    return alive, now
 
 
 def _is_alive(said: dict[str, Any], marker: Stat, save_id: str | None, now: float) -> bool:

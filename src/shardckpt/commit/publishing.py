@@ -5,8 +5,9 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -15,7 +16,7 @@ import torch
 from shardckpt import filenames
 from shardckpt import manifest as mf
 from shardckpt.codecs import digest, digests_text
-from shardckpt.commit.clearing import take_lease
+from shardckpt.commit.clearing import end_lease, take_lease
 from shardckpt.commit.finding import find_bytes
 from shardckpt.errors import (
     ConflictingStateError,
@@ -33,6 +34,7 @@ from shardckpt.state import merge
 from shardckpt.state.schema import check_skeleton
 from shardckpt.state.skeleton import per_rank_places
 from shardckpt.storage import Storage
+from shardckpt.workers import for_each
 
 _ALPHABET: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -64,15 +66,32 @@ def open_place(storage: Storage, save_id: str, nbytes: int, *, shares: str | Non
             "some space, or save elsewhere."
         )
     storage.unlink_link()
-    try:
-        storage.prepare()
+    previous = None
+
+    def look() -> None:
+        nonlocal previous
         previous = find_bytes(storage)
-        take_lease(storage, save_id, shares)
+
+    steps: list[Callable[[], None]] = [storage.prepare, look, partial(take_lease, storage, save_id, shares)]
+    try:
+        # Each costs a round trip for which training waits; but a directory must be there before anything in it.
+        if storage.has_places:
+            for step in steps:
+                step()
+        else:
+            for_each(steps, _call, threads=len(steps), name="open")
     except BaseException:
+        end_lease(save_id)
         with suppress(ShardckptError):
+            if not storage.has_places:
+                storage.delete([filenames.marker_name(save_id)])
             storage.remove_place()
         raise
     return previous
+
+
+def _call(step: Callable[[], None]) -> None:
+    step()
 
 
 def put_rank_manifest(storage: Storage, manifest: RankManifest) -> FileEntry:

@@ -73,6 +73,8 @@ class Storage(Protocol):
     read_cache: str
     """Names the memory that keeps what any process has read through it: a host's page cache. Empty where there is none,
     and every read goes to the place itself."""
+    has_places: bool
+    """Whether a place must be made before anything can be put in it: a directory must, a prefix of keys need not."""
     width: int
     """How many pieces of an object are worth being written or read at the same time, each by a thread of its own."""
 
@@ -171,6 +173,17 @@ class Storage(Protocol):
 
     def sync(self) -> None:
         """Make additions and deletions in this place durable. Does nothing where they are at once."""
+
+
+@runtime_checkable
+class Uploads(Protocol):
+    """A storage where an object that is being written is an upload of its own: unseen, and paid for until it ends."""
+
+    def uploads(self) -> list[Stat]:
+        """Return the unfinished uploads in this place, whoever began them, by name; their sizes are 0."""
+
+    def cancel_uploads(self, names: Sequence[str]) -> None:
+        """Cancel the unfinished uploads of objects; those that have ended meanwhile are fine."""
 
 
 def check_name(name: str) -> str:

@@ -45,6 +45,7 @@ class LocalStorage:
             self._directory = str(_expand_user(os.fspath(directory)).absolute())
         self.url = self._directory
         self.read_cache = posix.host()
+        self.has_places = True
         self.width = THREADS
 
     @property

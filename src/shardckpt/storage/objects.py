@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import obstore
 
 from shardckpt.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, StorageError
-from shardckpt.storage.base import GET_LIMIT, ObjectWriter, Stat, Storage, check_name, copy_plain, octets
+from shardckpt.storage.base import GET_LIMIT, ObjectWriter, Stat, Storage, Uploads, check_name, copy_plain, octets
 from shardckpt.storage.connection import Connection
 from shardckpt.storage.remote import forget
 from shardckpt.storage.retry import retrying
@@ -45,6 +45,7 @@ class ObjectStorage:
     def __init__(self, connection: Connection, prefix: str, url: str, spare: Callable[[], Storage] | None) -> None:
         self.url = url.rstrip("/")
         self.read_cache = ""
+        self.has_places = False
         self.width = WIDTH
         self.connection = connection
         self._prefix = prefix
@@ -126,19 +127,19 @@ class ObjectStorage:
         self.changed(names)
 
     def copy_from(self, other: Storage, names: Sequence[str]) -> None:
-        for name in names:
-            if not isinstance(other, ObjectStorage) or other.connection is not self.connection:
-                copy_plain(other, self, name)
-            elif (size := other.size(name)) <= COPY_LIMIT:
-                with self.translating("copy", name):
-                    source, target = other.key_of(name), self.key_of(name)
-                    retrying(partial(obstore.copy, self.connection.store, source, target))
-            elif (spare := self.spare()) is not None and (theirs := other.spare()) is not None:
-                spare.copy_from(theirs, [name])
-            else:
-                raise StorageError(
-                    f"cannot copy {other.url_of(name)}: it has {size} bytes, and no store copies so much"
-                )
+        for_each(names, partial(self._copy, other), threads=self.width, name="copy")
+
+    def uploads(self) -> builtins.list[Stat]:
+        """Return the unfinished uploads in this place, as far as they can be found: see `Uploads`."""
+        spare: object = self.spare()
+        return spare.uploads() if isinstance(spare, Uploads) else []
+
+    def cancel_uploads(self, names: Sequence[str]) -> None:
+        """Cancel the unfinished uploads of objects; raises StorageError where this client alone cannot."""
+        spare: object = self.spare()
+        if not isinstance(spare, Uploads):
+            raise StorageError(f"cannot cancel uploads to {self.url}: only s3fs can, which is not installed")
+        spare.cancel_uploads(names)
 
     def changed(self, names: Sequence[str]) -> None:
         """Make s3fs and its like, where in use, forget what they know: Lightning looks at checkpoints through them."""
@@ -193,6 +194,18 @@ class ObjectStorage:
     @property
     def _before(self) -> str:
         return f"{self._prefix}/" if self._prefix else ""
+
+    def _copy(self, other: Storage, name: str) -> None:
+        if not isinstance(other, ObjectStorage) or other.connection is not self.connection:
+            copy_plain(other, self, name)
+        elif (size := other.size(name)) <= COPY_LIMIT:
+            with self.translating("copy", name):
+                source, target = other.key_of(name), self.key_of(name)
+                retrying(partial(obstore.copy, self.connection.store, source, target))
+        elif (spare := self.spare()) is not None and (theirs := other.spare()) is not None:
+            spare.copy_from(theirs, [name])
+        else:
+            raise StorageError(f"cannot copy {other.url_of(name)}: it has {size} bytes, and no store copies so much")
 
     def _listed(self) -> Any:
         with self.translating("list"):

@@ -65,6 +65,7 @@ class RemoteStorage:
     def __init__(self, filesystem: Any, path: str, url: str, secrets: tuple[str, ...]) -> None:
         self.url = url.rstrip("/") if not url.endswith("://") else url
         self.read_cache = ""
+        self.has_places = True
         self.width = WIDTH
         self.filesystem = filesystem
         self._root = path.rstrip("/")
@@ -147,13 +148,15 @@ class RemoteStorage:
             self.forget(path)
 
     def copy_from(self, other: Storage, names: Sequence[str]) -> None:
-        for name in names:
+        def copy(name: str) -> None:
             if isinstance(other, RemoteStorage) and other.filesystem == self.filesystem:
                 with self.translating("copy", name):
                     self.filesystem.cp_file(other.path_of(name), self.path_of(name))
                 self.forget(self.path_of(name))
             else:
                 copy_plain(other, self, name)
+
+        for_each(names, copy, threads=self.width, name="copy")
 
     def prepare(self) -> None:
         with self.translating("make the directory"):

@@ -8,6 +8,7 @@ import builtins
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from shardckpt.storage.remote import RemoteStorage
 from shardckpt.storage.retry import retrying
 from shardckpt.storage.s3_uploads import S3Writer
 from shardckpt.storage.translate import is_transient, lacks_conditions, s3_code
+from shardckpt.workers import for_each
 
 _DELETE_BATCH = 1000
 
@@ -32,6 +34,7 @@ class S3Storage(RemoteStorage):
 
     def __init__(self, filesystem: Any, path: str, url: str, secrets: tuple[str, ...]) -> None:
         super().__init__(filesystem, path, url, secrets)
+        self.has_places = False
         # s3fs knows where a bucket's name ends: that of an access point has slashes in it.
         self._bucket, key, _ = filesystem.split_path(self._root)
         self._prefix = f"{key}/" if key else ""
@@ -116,7 +119,7 @@ class S3Storage(RemoteStorage):
                 )
 
     def copy_from(self, other: Storage, names: Sequence[str]) -> None:
-        for name in names:
+        def copy(name: str) -> None:
             if isinstance(other, S3Storage) and other.filesystem == self.filesystem:
                 source, target = other.path_of(name), self.path_of(name)
                 self.forget(source)
@@ -127,14 +130,23 @@ class S3Storage(RemoteStorage):
             else:
                 copy_plain(other, self, name)
 
-    def cancel_uploads(self, name: str) -> None:
-        """Cancel the unfinished uploads of an object, whoever began them."""
-        key = self.key_of(name)
-        with self.translating("cancel the uploads of", name):
-            found = retrying(lambda: self.request("list_multipart_uploads", Prefix=key))
-            for upload in found.get("Uploads", ()):
-                if upload["Key"] == key:
-                    self.request("abort_multipart_upload", name, UploadId=upload["UploadId"])
+        for_each(names, copy, threads=self.width, name="copy")
+
+    def uploads(self) -> builtins.list[Stat]:
+        """Return the unfinished uploads in this place, whoever began them; see `Uploads`."""
+        return sorted(
+            Stat(upload["Key"][len(self._prefix) :], 0, _seconds(upload.get("Initiated")))
+            for upload in self._unfinished(self._prefix)
+            if "/" not in upload["Key"][len(self._prefix) :]
+        )
+
+    def cancel_uploads(self, names: Sequence[str]) -> None:
+        """Cancel the unfinished uploads of objects, whoever began them."""
+        for name in names:
+            for upload in self._unfinished(self.key_of(name)):
+                if upload["Key"] == self.key_of(name):
+                    with self.translating("cancel the uploads of", name), suppress(FileNotFoundError):
+                        self.request("abort_multipart_upload", name, UploadId=upload["UploadId"])
 
     def prepare(self) -> None:
         """Check that the bucket exists and the credentials may list it; a prefix needs no making."""
@@ -188,6 +200,17 @@ class S3Storage(RemoteStorage):
                 if not pages[-1].get("IsTruncated"):
                     return pages
                 arguments["ContinuationToken"] = pages[-1]["NextContinuationToken"]
+
+    def _unfinished(self, prefix: str) -> builtins.list[dict[str, Any]]:
+        arguments: dict[str, Any] = {"Prefix": prefix}
+        found: builtins.list[dict[str, Any]] = []
+        with self.translating("list the uploads of"):
+            while True:
+                page = retrying(partial(self.request, "list_multipart_uploads", **arguments))
+                found += page.get("Uploads", ())
+                if not page.get("IsTruncated"):
+                    return found
+                arguments |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def _knows(self, condition: str) -> bool:
         """Whether the client has heard of ``condition``: s3fs drops arguments that its client does not know."""

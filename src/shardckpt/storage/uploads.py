@@ -132,10 +132,7 @@ class Upload:
     def _cancel_all(self) -> None:
         """Cancel what uploads there are of this object: its name is that of one save, so all are its own."""
         try:
-            cancel = getattr(self._storage.spare(), "cancel_uploads", None)
-            if cancel is None:
-                raise StorageError("only s3fs can cancel it now")
-            cancel(self._name)
+            self._storage.cancel_uploads([self._name])
         except Exception as error:  # noqa: BLE001 - the save has succeeded or failed without this
             _log.warning(
                 "an upload to %s could not be cancelled (%s); its parts cost money until the bucket's lifecycle rules "
