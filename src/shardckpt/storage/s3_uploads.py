@@ -4,20 +4,37 @@ import io
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Final, Protocol
 
 from shardckpt.errors import ObjectNotFoundError, StorageError
 from shardckpt.storage.base import BLOCK, Pieces, check_name, octets
 from shardckpt.storage.retry import retrying
 from shardckpt.storage.traffic import MAX_PARTS, SLOTS
 
-if TYPE_CHECKING:
-    from shardckpt.storage.s3 import S3Storage
-
 _LEAST: Final = 1 << 20
 """Bytes that the client is given at a time, though it asks for less."""
 
 _log = logging.getLogger(__name__)
+
+
+class _Place(Protocol):
+    """What an upload needs of the storage it is for; see `shardckpt.storage.s3`."""
+
+    def url_of(self, name: str) -> str: ...
+
+    def path_of(self, name: str) -> str: ...
+
+    def translating(self, doing: str, name: str = "") -> AbstractContextManager[None]: ...
+
+    def request(self, method: str, name: str | None = None, **arguments: Any) -> Any: ...
+
+    def forget(self, path: str) -> None: ...
+
+    def size(self, name: str) -> int: ...
+
+    def delete(self, names: Sequence[str]) -> None: ...
 
 
 class S3Writer:
@@ -28,7 +45,7 @@ class S3Writer:
     An object of one block is a single PUT.
     """
 
-    def __init__(self, storage: "S3Storage", name: str, size_hint: int) -> None:
+    def __init__(self, storage: _Place, name: str, size_hint: int) -> None:
         self._storage = storage
         self._name = check_name(name)
         self._pieces = Pieces(storage.url_of(name))

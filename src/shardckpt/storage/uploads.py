@@ -3,8 +3,10 @@
 import logging
 import threading
 import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import obstore
 
@@ -16,12 +18,32 @@ from shardckpt.storage.traffic import MAX_PARTS, SLOTS, WIDTH
 if TYPE_CHECKING:
     from obstore import WritableFile
 
-    from shardckpt.storage.objects import ObjectStorage
+    from shardckpt.storage.connection import Connection
 
 GRACE: Final = 0.05
 """Seconds that a piece which overtook others waits for them, which is cheaper than the copy that is made otherwise."""
 
 _log = logging.getLogger(__name__)
+
+
+class _Place(Protocol):
+    """What an upload needs of the storage it is for; see `shardckpt.storage.objects`."""
+
+    connection: "Connection"
+
+    def key_of(self, name: str) -> str: ...
+
+    def url_of(self, name: str) -> str: ...
+
+    def translating(self, doing: str, name: str = "") -> AbstractContextManager[None]: ...
+
+    def changed(self, names: Sequence[str]) -> None: ...
+
+    def size(self, name: str) -> int: ...
+
+    def delete(self, names: Sequence[str]) -> None: ...
+
+    def cancel_uploads(self, names: Sequence[str]) -> None: ...
 
 
 class _Loan:
@@ -50,7 +72,7 @@ class Upload:
     client has let go of it.
     """
 
-    def __init__(self, storage: "ObjectStorage", name: str, size_hint: int) -> None:
+    def __init__(self, storage: "_Place", name: str, size_hint: int) -> None:
         self._storage = storage
         self._name = name
         self._part = BLOCK * max(1, -(-size_hint // (BLOCK * MAX_PARTS)))
