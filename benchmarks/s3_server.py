@@ -1,4 +1,4 @@
-"""An S3 server for the length of a benchmark: moto, a process of its own on a free port of 127.0.0.1."""
+"""An S3 server for the length of a benchmark: a process of its own on a free port of 127.0.0.1."""
 
 import socket
 import subprocess
@@ -17,7 +17,7 @@ def s3_server() -> Iterator[dict[str, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-m", "benchmarks.memory_server", str(port)]
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(server, port)
@@ -44,4 +44,4 @@ def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
             time.sleep(0.1)
         else:
             return
-    raise RuntimeError("moto's server does not start; is moto[server] installed?")
+    raise RuntimeError("the stand-in for S3 does not start")
