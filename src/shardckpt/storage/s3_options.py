@@ -145,7 +145,10 @@ def without_payload_hashes(options: Mapping[str, Any]) -> Mapping[str, Any]:
     config["s3"] = {"payload_signing_enabled": False, **(config.get("s3") or {})}
     config.setdefault("request_checksum_calculation", "when_required")
     config.setdefault("response_checksum_validation", "when_required")
-    return {**options, "config_kwargs": config}
+    extra = dict(options.get("s3_additional_kwargs") or {})
+    if extra.get("ChecksumAlgorithm") == "CRC64NVME":
+        del extra["ChecksumAlgorithm"]  # its client cannot make that one without another package
+    return {**options, "config_kwargs": config, "s3_additional_kwargs": extra}
 
 
 def store_factory(bucket: str, settings: Settings) -> "Callable[[int], tuple[Any, tuple[str, ...]]]":
