@@ -115,7 +115,7 @@ class Upload:
         size = self._pieces.finish()
         with self._storage.translating("commit", self._name):
             if self._file is None:
-                body = self._early.pop(0, b"")
+                body = b"".join((*self._front, self._early.pop(0, b"")))
                 obstore.put(self._storage.connection.store, self._storage.key_of(self._name), body, use_multipart=False)
             else:
                 self._closed = True
