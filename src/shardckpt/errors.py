@@ -116,3 +116,8 @@ class UncertainCommitError(SaveFailedError):
 
 class LoadFailedError(ShardckptError, RuntimeError):
     """A load failed on some rank. The message says whether the live state was touched."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, without the traceback that some carry in their message."""
+    return str(error).strip().partition("\n")[0]

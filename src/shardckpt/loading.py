@@ -21,13 +21,14 @@ from shardckpt.errors import (
     ObjectNotFoundError,
     ShardckptError,
     TensorNotFoundError,
+    first_line,
 )
 from shardckpt.garbage import held_off
 from shardckpt.indexing import Index, select
 from shardckpt.manifest import Manifest
 from shardckpt.options import Path, ShareReads
 from shardckpt.planner import Wanted
-from shardckpt.reader import Reading, ReadPlan, ReadStats, Target, first_line, opening, read_object, read_together
+from shardckpt.reader import Reading, ReadPlan, ReadStats, Target, opening, read_object, read_together
 from shardckpt.relocation import MapLocation, relocation
 from shardckpt.reports import LoadReport
 from shardckpt.staging import StagingPool

@@ -1,6 +1,6 @@
 """From the files of a checkpoint to filled tensors."""
 
-from shardckpt.reader.objects import first_line, read_bytes, read_object
+from shardckpt.reader.objects import read_bytes, read_object
 from shardckpt.reader.place import Target
 from shardckpt.reader.plan import ReadPlan
 from shardckpt.reader.targets import Reading, ReadStats
@@ -11,7 +11,6 @@ __all__ = [
     "ReadStats",
     "Reading",
     "Target",
-    "first_line",
     "opening",
     "read_bytes",
     "read_object",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from shardckpt.codecs import digest, digests_text
-from shardckpt.errors import CorruptCheckpointError, LoadFailedError, ObjectNotFoundError, UnsafeLoadError
+from shardckpt.errors import CorruptCheckpointError, LoadFailedError, ObjectNotFoundError, UnsafeLoadError, first_line
 from shardckpt.manifest import Manifest
 from shardckpt.relocation import MapLocation
 from shardckpt.storage import Storage
@@ -77,8 +77,3 @@ def read_bytes(storage: Storage, name: str, offset: int, nbytes: int, digest_tex
             "Load another checkpoint."
         )
     return bytes(data)
-
-
-def first_line(error: Exception) -> str:
-    """What a foreign error says, without the traceback that some carry in their message."""
-    return str(error).strip().partition("\n")[0]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from shardckpt.box import Box, intersect
 from shardckpt.codecs import ITEMSIZE, torch_dtype
-from shardckpt.errors import RankTimeoutError
+from shardckpt.errors import RankTimeoutError, first_line
 from shardckpt.reader.exchange import LIMIT, Exchange, Group, Part, Round
 from shardckpt.reader.place import Placement, Target
 from shardckpt.reader.targets import Reading
@@ -84,10 +84,9 @@ def _over_group(call: Callable[[dist.ProcessGroup], T]) -> T:
     except RuntimeError as error:
         error.__traceback__ = None
         leave_group()
-        text = str(error).partition("\n")[0]
         raise RankTimeoutError(
             "a rank left in the middle of a load, while ranks read for each other; look at the log of the rank that"
-            f" failed first ({text})."
+            f" failed first ({first_line(error)})."
         ) from error
     except BaseException as error:
         error.__traceback__ = None
