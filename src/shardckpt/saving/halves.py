@@ -75,12 +75,10 @@ def write(
         return job
     overlap = None
     try:
-        if staging.needs_blocks_back:
-            submit(job)
-        overlap = staging.begin(stepped, order.pending)
-    except BaseException as error:
-        writer.cancel(_told(error))  # whoever writes must not wait for more
-        raise
+        with _telling(writer):
+            if staging.needs_blocks_back:
+                submit(job)
+            overlap = staging.begin(stepped, order.pending)
     finally:
         if not staging.needs_blocks_back:
             submit(job)
@@ -118,14 +116,13 @@ class _Staging:
     def begin(self, stepped: Stepped | None, pending: PendingSave) -> Overlap | None:
         """Stage all now, or what cannot wait; the result is what stages the rest, in a thread, and None for nothing."""
         overlap = None
-        with _telling(self._writer):
-            if stepped is not None:
-                overlap = begin_overlap(self._sources, stepped, self._pool, self._memory, self._threads)
-            if overlap is None:
-                self._copy(self._sources, self._memory, self._writer.emit)
-                self._writer.finish()
-            else:
-                overlap.start(partial(self._finish, overlap), pending)
+        if stepped is not None:
+            overlap = begin_overlap(self._sources, stepped, self._pool, self._memory, self._threads)
+        if overlap is None:
+            self._copy(self._sources, self._memory, self._writer.emit)
+            self._writer.finish()
+        else:
+            overlap.start(partial(self._finish, overlap), pending)
         return overlap
 
     def warm(self) -> None:
