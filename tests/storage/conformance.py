@@ -3,6 +3,7 @@
 import mmap
 import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,6 +50,22 @@ def store(storage: Storage, name: str, data: bytes) -> None:
     for offset, piece in pieces(data):
         writer.write(offset, piece)
     writer.commit()
+
+
+def winners_of(count: int, put: Callable[[int], None]) -> list[int]:
+    """Which of so many simultaneous callers of ``put`` are not told that somebody else was first."""
+    gate = threading.Barrier(count)
+
+    def contend(number: int) -> int | None:
+        gate.wait()
+        try:
+            put(number)
+        except ObjectExistsError:
+            return None
+        return number
+
+    with ThreadPoolExecutor(count) as pool:
+        return [number for number in pool.map(contend, range(count)) if number is not None]
 
 
 class StorageConformance:
@@ -131,18 +148,7 @@ class StorageConformance:
 
     def test_put_create_only_race(self, storage: Storage) -> None:
         """Of many simultaneous create-only puts exactly one wins, and its bytes are the ones stored."""
-        gate = threading.Barrier(8)
-
-        def contend(number: int) -> int | None:
-            gate.wait()
-            try:
-                storage.put("lease", b"%d" % number, replace=False)
-            except ObjectExistsError:
-                return None
-            return number
-
-        with ThreadPoolExecutor(8) as pool:
-            winners = [number for number in pool.map(contend, range(8)) if number is not None]
+        winners = winners_of(8, lambda number: storage.put("lease", b"%d" % number, replace=False))
         assert len(winners) == 1
         assert self.peek("lease") == b"%d" % winners[0]
 

@@ -28,7 +28,7 @@ from shardckpt.storage.objects import ObjectStorage
 from shardckpt.storage.s3_opening import open_with_s3fs
 from shardckpt.storage.s3_uploads import Body, S3Writer
 from shardckpt.storage.traffic import READ_PIECE, WIDTH
-from storage.conformance import StorageConformance, noise, pieces, store
+from storage.conformance import StorageConformance, noise, pieces, store, winners_of
 from storage.proxy import PASSING, Fault, Proxy, bursts, first, sometimes
 
 pytestmark = pytest.mark.s3
@@ -74,18 +74,7 @@ class S3Conformance(StorageConformance):
     def test_one_swap_wins(self, storage: Storage) -> None:
         """Of many that replace the same manifest exactly one wins, and its bytes are the ones stored."""
         self.poke("manifest.json", b"old")
-        gate = threading.Barrier(6)
-
-        def contend(number: int) -> int | None:
-            gate.wait()
-            try:
-                storage.put("manifest.json", b"%d" % number, replace=b"old")
-            except ObjectExistsError:
-                return None
-            return number
-
-        with ThreadPoolExecutor(6) as pool:
-            winners = [number for number in pool.map(contend, range(6)) if number is not None]
+        winners = winners_of(6, lambda number: storage.put("manifest.json", b"%d" % number, replace=b"old"))
         assert len(winners) == 1
         assert self.peek("manifest.json") == b"%d" % winners[0]
 
@@ -123,6 +112,14 @@ def open_s3(request: pytest.FixtureRequest) -> Opener:
         return request.param(url, options or {})
 
     return opened
+
+
+def check_round_trip(storage: Storage, name: str, data: bytes) -> None:
+    """What is stored comes back."""
+    store(storage, name, data)
+    into = bytearray(len(data))
+    storage.read_into(name, 0, memoryview(into))
+    assert into == data
 
 
 def endpoint(place: S3Place) -> str:
@@ -250,8 +247,7 @@ def test_ranges_are_read_in_parallel(open_s3: Opener, s3_place: S3Place, monkeyp
     storage = open_s3(s3_place.url, s3_place.storage_options)
     storage.put("rank", b"x", replace=True)
     gate = threading.Barrier(3)
-    name = "_read_piece" if isinstance(storage, ObjectStorage) else "_read_range"
-    monkeypatch.setattr(storage, name, lambda *_: bytes(READ_PIECE if gate.wait(30) >= 0 else 0))
+    monkeypatch.setattr(storage, "_read_range", lambda *_: bytes(READ_PIECE if gate.wait(30) >= 0 else 0))
     storage.read_into("rank", 0, memoryview(bytearray(3 * READ_PIECE)))
 
 
@@ -375,10 +371,7 @@ def test_retries(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyP
     with Proxy(endpoint(s3_place), first(3, word, fault)) as proxy:
         storage = open_s3(s3_place.url, through(proxy, s3_place))
         data = noise(2 * BLOCK + 5)
-        store(storage, "rank", data)
-        into = bytearray(len(data))
-        storage.read_into("rank", 0, memoryview(into))
-        assert into == data
+        check_round_trip(storage, "rank", data)
         assert proxy.seen[fault] == 3
 
 
@@ -390,10 +383,7 @@ def test_a_slow_line_and_a_store_that_has_enough(
     with Proxy(endpoint(s3_place), bursts(10, 4), latency=0.01, bandwidth=200e6) as proxy:
         storage = open_s3(s3_place.url, through(proxy, s3_place))
         data = noise(2 * BLOCK + 5)
-        store(storage, "rank", data)
-        into = bytearray(len(data))
-        storage.read_into("rank", 0, memoryview(into))
-        assert into == data
+        check_round_trip(storage, "rank", data)
         for number in range(8):
             storage.put("lease", b"%d" % number, replace=True)
         assert storage.get("lease") == b"7"
@@ -420,10 +410,7 @@ def test_one_request_in_ten_fails(open_s3: Opener, s3_place: S3Place, monkeypatc
         storage.prepare()
         for number in range(8):
             data = noise(number % 3 * BLOCK + 99, number)
-            store(storage, f"rank-{number}", data)
-            into = bytearray(len(data))
-            storage.read_into(f"rank-{number}", 0, memoryview(into))
-            assert into == data
+            check_round_trip(storage, f"rank-{number}", data)
             storage.put(f"lease-{number}", b"%d" % number, replace=False)
             storage.put(f"lease-{number}", b"new %d" % number, replace=b"%d" % number)
             assert storage.get(f"lease-{number}") == b"new %d" % number

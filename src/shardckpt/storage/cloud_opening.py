@@ -2,8 +2,6 @@
 
 import importlib.util
 import logging
-import os
-import threading
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -15,15 +13,12 @@ from shardckpt.storage.s3_options import UntranslatableError
 from shardckpt.storage.translate import conceal, secrets_of, without_credentials
 
 if TYPE_CHECKING:
-    from shardckpt.storage.connection import Connection
+    from shardckpt.storage.connection import Connection, Factory
 
 PACKAGES: Final = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 """Of the schemes that obstore serves, the packages that serve them for fsspec."""
 
 _log = logging.getLogger(__name__)
-
-_connections: dict[tuple[Any, ...], "Connection"] = {}
-_lock = threading.Lock()
 
 
 def open_cloud(url: str, options: Mapping[str, Any]) -> Storage:
@@ -57,25 +52,20 @@ def open_cloud(url: str, options: Mapping[str, Any]) -> Storage:
 
 def _connection(scheme: str, bucket: str, options: Mapping[str, Any]) -> "Connection":
     from shardckpt.storage.cloud_options import azure_factory, gcs_factory
-    from shardckpt.storage.connection import Connection
+    from shardckpt.storage.connection import connection_to
 
-    prefixes = ("GOOGLE_", "STORAGE_EMULATOR_HOST", "AZURE_")
-    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefixes)))
-    key = (scheme, bucket, repr(sorted(options.items())), environment)
-    with _lock:
-        if key not in _connections:
-            factory = (gcs_factory if PACKAGES[scheme] == "gcsfs" else azure_factory)(bucket, options)
-            try:
-                factory(0)
-            except ModuleNotFoundError:
-                raise
-            except Exception as error:
-                if isinstance(error, ShardckptError):
-                    raise
-                said = conceal(str(error).partition("\n\nDebug source:")[0], secrets_of(options))
-                raise UsageError(f"cannot open {scheme}://{bucket}: {said}. Check storage_options") from error
-            _connections[key] = Connection(f"{scheme}://{bucket}", factory, secrets_of(options))
-        return _connections[key]
+    def checked() -> "Factory":
+        factory = (gcs_factory if PACKAGES[scheme] == "gcsfs" else azure_factory)(bucket, options)
+        try:
+            factory(0)
+        except (ModuleNotFoundError, ShardckptError):
+            raise
+        except Exception as error:
+            said = conceal(str(error).partition("\n\nDebug source:")[0], secrets_of(options))
+            raise UsageError(f"cannot open {scheme}://{bucket}: {said}. Check storage_options") from error
+        return factory
+
+    return connection_to(f"{scheme}://{bucket}", options, ("GOOGLE_", "STORAGE_EMULATOR_HOST", "AZURE_"), checked)
 
 
 def _open_with_fsspec(url: str, options: Mapping[str, Any]) -> Storage:

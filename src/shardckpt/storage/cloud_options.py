@@ -7,7 +7,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from shardckpt.errors import UsageError
@@ -18,8 +18,7 @@ from shardckpt.storage.translate import secrets_of
 if TYPE_CHECKING:
     from obstore.store import AzureConfig, ClientConfig, GCSConfig
 
-Factory = Callable[[int], tuple[Any, tuple[str, ...]]]
-"""Makes a client that tries a request again so many times, and returns it with the words that no message may show."""
+    from shardckpt.storage.connection import Factory
 
 # They concern files, caches, listings and the making of buckets, or say what obstore does anyway.
 _IGNORED: Final = """
@@ -30,7 +29,7 @@ _IGNORED: Final = """
 _SUFFIXES: Final = re.compile(r"(?P<container>[^@/]+)@(?P<account>[^./]+)\.(?:dfs|blob)\.(?P<suffix>[^/]+)")
 
 
-def gcs_factory(bucket: str, options: Mapping[str, Any]) -> Factory:
+def gcs_factory(bucket: str, options: Mapping[str, Any]) -> "Factory":
     """Return what makes clients of a bucket of Google, given the options of gcsfs.
 
     Raises:
@@ -63,7 +62,7 @@ def gcs_factory(bucket: str, options: Mapping[str, Any]) -> Factory:
     return make
 
 
-def azure_factory(container: str, options: Mapping[str, Any]) -> Factory:
+def azure_factory(container: str, options: Mapping[str, Any]) -> "Factory":
     """Return what makes clients of a container of Azure, given the options of adlfs.
 
     ``container`` is as in the URL: alone, or with the account, ``container@account.dfs.core.windows.net``.

@@ -3,13 +3,17 @@
 import logging
 import os
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from shardckpt.errors import UsageError
+from shardckpt.storage.translate import secrets_of
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
+
+Factory = Callable[[int], "tuple[ObjectStore, tuple[str, ...]]"]
+"""Makes a client that tries a request again so many times, and returns it with the words that no message may show."""
 
 RETRIES: Final = 10
 """Further attempts at a request that fails in a way that may pass, with pauses that grow and are scattered."""
@@ -28,14 +32,11 @@ class Connection:
 
     Args:
         url: the bucket, for messages.
-        make: makes a client that tries a request again so many times, and returns it with the words that no message
-            may show.
+        make: makes the clients.
         secrets: such words as are known from the beginning.
     """
 
-    def __init__(
-        self, url: str, make: Callable[[int], "tuple[ObjectStore, tuple[str, ...]]"], secrets: tuple[str, ...]
-    ) -> None:
+    def __init__(self, url: str, make: Factory, secrets: tuple[str, ...]) -> None:
         self.secrets = secrets
         self._url = url
         self._make = make
@@ -76,3 +77,22 @@ class Connection:
                 self.secrets = tuple(sorted({*self.secrets, *secrets}, key=len, reverse=True))
                 _users.add(os.getpid())
             return self._stores[retries]
+
+
+_connections: dict[tuple[Any, ...], Connection] = {}
+_lock = threading.Lock()
+
+
+def connection_to(
+    url: str, options: Mapping[str, Any], variables: tuple[str, ...], factory: Callable[[], Factory]
+) -> Connection:
+    """The connection to a bucket by these options, made at the first call; ``factory`` makes what makes its clients.
+
+    ``variables`` are how the names begin of what the environment decides where the options leave it open.
+    """
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(variables)))
+    key = (url, repr(sorted(options.items())), environment)
+    with _lock:
+        if key not in _connections:
+            _connections[key] = Connection(url, factory(), secrets_of(options))
+        return _connections[key]

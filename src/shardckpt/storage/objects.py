@@ -18,7 +18,7 @@ from shardckpt.storage.base import GET_LIMIT, ObjectWriter, Stat, Storage, Uploa
 from shardckpt.storage.connection import Connection
 from shardckpt.storage.remote import forget
 from shardckpt.storage.retry import retrying
-from shardckpt.storage.traffic import READ_PIECE, SLOTS, WIDTH
+from shardckpt.storage.traffic import WIDTH, fill
 from shardckpt.storage.translate import is_missing_bucket, is_transient, lacks_conditions, translating
 from shardckpt.storage.uploads import Upload
 from shardckpt.workers import for_each
@@ -92,12 +92,7 @@ class ObjectStorage:
 
     def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:  # noqa: ARG002 - there is no cache
         check_name(name)
-        into = octets(into)
-
-        def read(start: int) -> None:
-            self._read_piece(name, offset + start, into[start : start + READ_PIECE])
-
-        for_each(range(0, len(into), READ_PIECE), read, threads=WIDTH, name="range")
+        fill(self.url_of(name), offset, octets(into), partial(self._read_range, name))
 
     def in_cache(self, name: str, offset: int, nbytes: int) -> bool:  # noqa: ARG002 - there is none
         check_name(name)
@@ -211,24 +206,19 @@ class ObjectStorage:
         with self.translating("list"):
             return retrying(lambda: obstore.list_with_delimiter(self.connection.store, self._prefix or None))
 
-    def _read_piece(self, name: str, offset: int, into: memoryview) -> None:
-        key, nbytes = self.key_of(name), len(into)
-        with self.translating("read", name), SLOTS:
+    def _read_range(self, name: str, offset: int, nbytes: int) -> Any:
+        """Return up to ``nbytes`` from ``offset`` on, in memory of the client's; fewer where the object ends before."""
+        key = self.key_of(name)
+        with self.translating("read", name):
             try:
-                data: Any = retrying(lambda: obstore.get_range(self.connection.store, key, start=offset, length=nbytes))
+                return retrying(lambda: obstore.get_range(self.connection.store, key, start=offset, length=nbytes))
             except FileNotFoundError:
                 raise
             except Exception:
                 # A range that starts at or beyond the end is an error to every store.
                 if offset < self.size(name):
                     raise
-                data = b""
-            if len(data) == nbytes:
-                into[:] = memoryview(data)
-        if len(data) != nbytes:
-            raise CorruptCheckpointError(
-                f"{self.url_of(name)} is too short: of the {nbytes} bytes from {offset} on only {len(data)} are there"
-            )
+                return b""
 
     def _found(self, key: str) -> "tuple[bytes, UpdateVersion] | None":
         """What an object holds and how the store tells it from others of its name; None if there is none."""

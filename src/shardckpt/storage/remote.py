@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from shardckpt.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, UsageError
@@ -24,7 +25,7 @@ from shardckpt.storage.base import (
     octets,
 )
 from shardckpt.storage.retry import retrying
-from shardckpt.storage.traffic import READ_PIECE, SLOTS, WIDTH
+from shardckpt.storage.traffic import WIDTH, fill
 from shardckpt.storage.translate import conceal, secrets_of, translating, without_credentials
 from shardckpt.workers import for_each
 
@@ -101,20 +102,7 @@ class RemoteStorage:
             return bytes(retrying(lambda: self.filesystem.cat_file(self.path_of(name))))
 
     def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:  # noqa: ARG002 - there is no cache
-        into = octets(into)
-
-        def read(start: int) -> None:
-            piece = into[start : start + READ_PIECE]
-            with SLOTS:
-                data = self._read_range(name, offset + start, len(piece))
-                if len(data) != len(piece):
-                    raise CorruptCheckpointError(
-                        f"{self.url_of(name)} is too short: of the {len(piece)} bytes from {offset + start} on only "
-                        f"{len(data)} are there"
-                    )
-                piece[:] = data
-
-        for_each(range(0, len(into), READ_PIECE), read, threads=WIDTH, name="range")
+        fill(self.url_of(name), offset, octets(into), partial(self._read_range, name))
 
     def in_cache(self, name: str, offset: int, nbytes: int) -> bool:  # noqa: ARG002 - there is none
         check_name(name)

@@ -2,12 +2,10 @@
 
 import importlib.util
 import logging
-import os
 import re
-import threading
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shardckpt.errors import UsageError
 from shardckpt.storage.base import Storage
@@ -20,17 +18,12 @@ from shardckpt.storage.s3_options import (
 )
 from shardckpt.storage.translate import secrets_of, without_credentials
 
-if TYPE_CHECKING:
-    from shardckpt.storage.connection import Connection
-
 _log = logging.getLogger(__name__)
 
 _BUCKET = re.compile(r"[A-Za-z0-9.\-_]{1,255}")
 # Of the segments of a key, those that obstore refuses; every other name it takes as it is.
 _UNFIT = re.compile(r"(^|/)(\.{0,2})(/|$)|[\x00-\x1f\x7f]|\?versionId=")
 
-_connections: dict[tuple[Any, ...], "Connection"] = {}
-_lock = threading.Lock()
 _told: set[str] = set()
 
 
@@ -43,10 +36,13 @@ def open_s3(url: str, options: Mapping[str, Any]) -> Storage:
     with_s3fs = partial(open_with_s3fs, url, options)
     reason = _reason_for_s3fs(bucket, key.rstrip("/"))
     if reason is None:
+        from shardckpt.storage.connection import connection_to
         from shardckpt.storage.objects import ObjectStorage
 
         try:
-            connection = _connection(bucket, options)
+            connection = connection_to(
+                f"s3://{bucket}", options, ("AWS_",), lambda: store_factory(bucket, translated(options))
+            )
             spare = with_s3fs if importlib.util.find_spec("s3fs") else None
             return ObjectStorage(connection, key.rstrip("/"), without_credentials(url), spare)
         except UntranslatableError as option:
@@ -84,16 +80,3 @@ def unfit_key(key: str) -> str | None:
     from shardckpt.storage.connection import forked
 
     return "obstore does not work in a process forked from one that used it" if forked() else None
-
-
-def _connection(bucket: str, options: Mapping[str, Any]) -> "Connection":
-    from shardckpt.storage.connection import Connection
-
-    # The environment decides about whatever the options leave open.
-    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-    key = (bucket, repr(sorted(options.items())), environment)
-    with _lock:
-        if key not in _connections:
-            settings = translated(options)
-            _connections[key] = Connection(f"s3://{bucket}", store_factory(bucket, settings), secrets_of(options))
-        return _connections[key]

@@ -1,22 +1,19 @@
 """Writing one object through the requests of s3fs, each part by the thread that brings it, and none copied."""
 
 import io
-import logging
 import os
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, Protocol
 
-from shardckpt.errors import ObjectNotFoundError, StorageError
 from shardckpt.storage.base import BLOCK, Pieces, check_name, octets
+from shardckpt.storage.parts import blocks_per_part, check_part, has_size, tell_of_leftovers
 from shardckpt.storage.retry import retrying
-from shardckpt.storage.traffic import MAX_PARTS, SLOTS
+from shardckpt.storage.traffic import SLOTS
 
 _LEAST: Final = 1 << 20
 """Bytes that the client is given at a time, though it asks for less."""
-
-_log = logging.getLogger(__name__)
 
 
 class _Place(Protocol):
@@ -49,7 +46,7 @@ class S3Writer:
         self._storage = storage
         self._name = check_name(name)
         self._pieces = Pieces(storage.url_of(name))
-        self._blocks_per_part = max(1, -(-size_hint // (BLOCK * MAX_PARTS)))
+        self._blocks_per_part = blocks_per_part(size_hint)
         self._hold_first = size_hint <= BLOCK
         self._lock = threading.Lock()
         self._beginning = threading.Lock()
@@ -62,11 +59,7 @@ class S3Writer:
         data = octets(data)
         part, block = divmod(offset // BLOCK, self._blocks_per_part)
         with self._pieces.writing(offset, len(data)), self._storage.translating("write", self._name):
-            if part >= MAX_PARTS:
-                raise StorageError(
-                    f"cannot write {self._storage.url_of(self._name)}: it has more than {MAX_PARTS} parts, since it is "
-                    "larger than it was announced to be"
-                )
+            check_part(self._storage.url_of(self._name), part)
             is_held = part == 0 and self._hold_first
             if self._blocks_per_part == 1 and not is_held:
                 self._send(part, data)
@@ -103,12 +96,7 @@ class S3Writer:
                 self._storage.request("abort_multipart_upload", self._name, UploadId=self._upload)
             self._storage.delete([self._name])
         except Exception as error:  # noqa: BLE001 - abort never raises
-            _log.warning(
-                "an upload to %s could not be cancelled (%s); its parts cost money until the bucket's lifecycle rules "
-                "remove them",
-                self._storage.url_of(self._name),
-                type(error).__name__,
-            )
+            tell_of_leftovers(self._storage.url_of(self._name), error)
 
     def _send(self, part: int, data: bytes | memoryview) -> None:
         numbers = {"UploadId": self._begun(), "PartNumber": part + 1}
@@ -131,14 +119,8 @@ class S3Writer:
             retrying(lambda: self._storage.request("complete_multipart_upload", self._name, **arguments))
         except FileNotFoundError:
             # The answer to the first of several attempts may have been lost; the later ones find no upload any more.
-            if self._size_now() != size:
+            if not has_size(self._storage, self._name, size):
                 raise
-
-    def _size_now(self) -> int | None:
-        try:
-            return self._storage.size(self._name)
-        except ObjectNotFoundError:
-            return None
 
 
 class Body(io.BytesIO):

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import obstore
 
-from shardckpt.errors import ObjectNotFoundError, StorageError
+from shardckpt.errors import StorageError
 from shardckpt.storage.base import BLOCK, Pieces, octets
+from shardckpt.storage.parts import blocks_per_part, check_part, has_size, tell_of_leftovers
 from shardckpt.storage.retry import retrying
-from shardckpt.storage.traffic import MAX_PARTS, SLOTS, WIDTH
+from shardckpt.storage.traffic import SLOTS, WIDTH
 
 if TYPE_CHECKING:
     from obstore import WritableFile
@@ -75,7 +76,7 @@ class Upload:
     def __init__(self, storage: "_Place", name: str, size_hint: int) -> None:
         self._storage = storage
         self._name = name
-        self._part = BLOCK * max(1, -(-size_hint // (BLOCK * MAX_PARTS)))
+        self._part = BLOCK * blocks_per_part(size_hint)
         # An object of one block costs one request instead of three.
         self._alone = size_hint <= BLOCK
         self._pieces = Pieces(storage.url_of(name))
@@ -92,11 +93,7 @@ class Upload:
     def write(self, offset: int, data: memoryview) -> None:
         data = octets(data)
         with self._pieces.writing(offset, len(data)), self._storage.translating("write", self._name):
-            if offset // self._part >= MAX_PARTS:
-                raise StorageError(
-                    f"cannot write {self._storage.url_of(self._name)}: it has more than {MAX_PARTS} parts, since it is "
-                    "larger than it was announced to be"
-                )
+            check_part(self._storage.url_of(self._name), offset // self._part)
             with self._turn:
                 self._alone &= offset == 0
                 self._send_held()
@@ -123,7 +120,7 @@ class Upload:
                     self._file.close()
                 except Exception:
                     # The answer to the first of several attempts may have been lost; later ones find no upload.
-                    if self._size_now() != size:
+                    if not has_size(self._storage, self._name, size):
                         raise
         self._storage.changed([self._name])
         self._committed = True
@@ -156,12 +153,7 @@ class Upload:
         try:
             self._storage.cancel_uploads([self._name])
         except Exception as error:  # noqa: BLE001 - the save has succeeded or failed without this
-            _log.warning(
-                "an upload to %s could not be cancelled (%s); its parts cost money until the bucket's lifecycle rules "
-                "remove them",
-                self._storage.url_of(self._name),
-                type(error).__name__,
-            )
+            tell_of_leftovers(self._storage.url_of(self._name), error)
 
     def _send_held(self) -> None:
         """Send what came before its turn, as far as that has come."""
@@ -213,9 +205,3 @@ class Upload:
             self._has_strays = True
             raise
         self._file = file
-
-    def _size_now(self) -> int | None:
-        try:
-            return self._storage.size(self._name)
-        except ObjectNotFoundError:
-            return None
