@@ -8,7 +8,7 @@ from typing import Any
 HIGHER_IS_BETTER = ("steps/s", "x")
 ENOUGH = 5
 """Counted repeats that each side of a verdict needs."""
-MET, MISSED, TOO_FEW = "met", "MISSED", "too few repeats"
+MET, MISSED, TOO_FEW, REPORTED = "met", "MISSED", "too few repeats", "reported"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one median, or on the quotient of two.
+    """A bound on one median, or on the quotient of two; without a bound, a quotient to report.
 
     A side is ``(what, contender)``. A contender that runs in several modes, ``"DCP, 1 thread"`` and so on, is named by
     what they have in common, and stands for the best of them.
@@ -91,6 +91,8 @@ class Target:
         return verdicts
 
     def _verdict(self, reached: float) -> str:
+        if self.at_least is None and self.at_most is None:
+            return REPORTED
         low = self.at_least is not None and reached < self.at_least
         high = self.at_most is not None and reached > self.at_most
         return MISSED if low or high else MET

@@ -33,7 +33,12 @@ def test_a_suite_writes_a_record_that_can_be_judged_later(tmp_path: Path) -> Non
     assert record["versions"]["torch"]
     assert record["versions"]["torchsnapshot"]
     assert record["machine"]["cores"] > 0
-    names = ("shardckpt", "DCP, 2 threads", *(f"raw disk, {count}" for count in ("1 thread", "2 threads", "4 threads")))
+    disks = (
+        f"raw disk{kind}, {count}"
+        for kind in ("", " with copy and digest")
+        for count in ("1 thread", "2 threads", "4 threads")
+    )
+    names = ("shardckpt", "DCP, 2 threads", *disks)
     assert {(row["what"], row["contender"], row["counted"]) for row in record["medians"]} == {
         ("save", name, 2) for name in names
     }
@@ -68,8 +73,10 @@ def test_a_verdict_needs_five_counted_repeats_of_each_side(repeats: int, seconds
 
     (alone,) = judged(rows, [Target("t", ("x", "us"), at_most=0.3)])
     (ratio,) = judged(rows, [Target("t", ("x", "us"), ("x", "them"), at_most=0.3)])
+    (unbound,) = judged(rows, [Target("t", ("x", "us"), ("x", "them"))])
 
     assert (alone["verdict"], ratio["verdict"]) == (verdict, verdict)
+    assert unbound["verdict"] == ("reported" if repeats == 5 else "too few repeats")
     assert verdict in table(rows, [alone])
 
 

@@ -16,13 +16,14 @@ from benchmarks.raw_disk import RawDisk
 from benchmarks.record import Target
 from benchmarks.states import State
 from benchmarks.suites import save
-from benchmarks.suites.save import RAW, RAW_THREADS
+from benchmarks.suites.save import DISKS, HANDLED, RAW, raw_disk
 
 COLD, HOT = "load, cold", "load, hot"
 ENOUGH_CACHED = 0.99
 """Of the files, for a hot load; a cold one finds less than the rest."""
 TARGETS = (
     Target("cold load ≥ 0.85 of the raw read limit", (COLD, RAW), (COLD, "shardckpt"), at_least=0.85),
+    Target("cold load against the raw disk with copy and digest", (COLD, HANDLED), (COLD, "shardckpt")),
     Target("cold load ≥ 1.8x DCP's", (COLD, "DCP"), (COLD, "shardckpt"), at_least=1.8),
     Target("hot load ≥ 1.5x DCP's", (HOT, "DCP"), (HOT, "shardckpt"), at_least=1.5),
 )
@@ -46,7 +47,7 @@ def work(bench: Bench, *, layout: str, gib: float) -> None:
     if bench.options.storage == "local":
         path = Path(bench.place(f"raw-{bench.rank}"))
         RawDisk(1).write(path, -(-state.nbytes // bench.world))
-        acts |= {name: raw_read(bench, name, setting, state, path, count) for name, count in RAW_THREADS.items()}
+        acts |= {name: raw_read(bench, name, setting, state, path) for name in DISKS}
     bench.rounds(acts)
 
 
@@ -71,9 +72,9 @@ def loading(bench: Bench, name: str, setting: str, contender: Contender, state: 
     return once
 
 
-def raw_read(bench: Bench, name: str, setting: str, state: State, path: Path, threads: int) -> Any:
-    """The same bytes by the same processes with nothing done to them."""
-    disk = RawDisk(threads)
+def raw_read(bench: Bench, name: str, setting: str, state: State, path: Path) -> Any:
+    """The same bytes by the same processes."""
+    disk = raw_disk(name)
 
     def once() -> None:
         bench.forget(str(bench.options.folder))

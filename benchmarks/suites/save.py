@@ -15,11 +15,13 @@ from benchmarks.raw_disk import RawDisk
 from benchmarks.record import Target
 from benchmarks.states import LAYOUTS, State, Training, training
 
-RAW = "raw disk"
-RAW_THREADS = {f"{RAW}, {count} thread{'s' * (count > 1)}": count for count in (1, 2, 4)}
+RAW, HANDLED = "raw disk", "raw disk with copy and digest"
+THREADS = {1: "1 thread", 2: "2 threads", 4: "4 threads"}
 """Of each process; the best of them is the limit."""
+DISKS = {f"{name}, {text}": (name, count) for name in (RAW, HANDLED) for count, text in THREADS.items()}
 TARGETS = (
     Target("save ≥ 0.90 of the raw write limit", ("save", RAW), ("save", "shardckpt"), at_least=0.90),
+    Target("save against the raw disk with copy and digest", ("save", HANDLED), ("save", "shardckpt")),
     Target("save ≥ 1.8x DCP's at its best thread count", ("save", "DCP"), ("save", "shardckpt"), at_least=1.8),
 )
 
@@ -41,7 +43,7 @@ def work(bench: Bench, *, layout: str, gib: float) -> None:
         for name, contender in savers(bench.dcp_group, bench.options.storage).items()
     }
     if bench.options.storage == "local":
-        contenders |= {name: raw_write(bench, name, setting, state, threads) for name, threads in RAW_THREADS.items()}
+        contenders |= {name: raw_write(bench, name, setting, state) for name in DISKS}
     bench.rounds(contenders)
 
 
@@ -69,9 +71,15 @@ def saving(bench: Bench, name: str, setting: str, contender: Contender, state: S
     return once
 
 
-def raw_write(bench: Bench, name: str, setting: str, state: State, threads: int) -> Any:
-    """The same bytes by the same processes with nothing done to them."""
-    disk = RawDisk(threads)
+def raw_disk(name: str) -> RawDisk:
+    """That of one of `DISKS`."""
+    kind, threads = DISKS[name]
+    return RawDisk(threads, handled=kind == HANDLED)
+
+
+def raw_write(bench: Bench, name: str, setting: str, state: State) -> Any:
+    """The same bytes by the same processes."""
+    disk = raw_disk(name)
 
     def once() -> None:
         bench.clear()
