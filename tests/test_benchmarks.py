@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.record import Measurement, Target, judged, rows_of, table
+from benchmarks.suites.small import WATCHED, Clock
+from shardckpt import save
 
 ROOT = Path(__file__).parent.parent
 
@@ -88,3 +92,20 @@ def test_the_list_names_every_suite_and_every_suite_is_documented() -> None:
     assert set(listed) == files
     documented = (ROOT / "benchmarks" / "README.md").read_text()
     assert all(f"| `{name}` |" in documented for name in listed)
+
+
+def test_what_the_suite_of_small_tensors_watches_is_what_a_save_does(tmp_path: Path) -> None:
+    """A function that was renamed, or is called by another name, would be counted as taking no time."""
+    clock = Clock()
+    with ExitStack() as stack:
+        for number, (_, owner, function) in enumerate(WATCHED):
+            stack.enter_context(clock.watch(str(number), owner, function))
+        save({"weight": torch.arange(3.0)}, tmp_path / "checkpoint")
+
+    called = [
+        f"{owner.__name__}.{function}"
+        for number, (_, owner, function) in enumerate(WATCHED)
+        if str(number) in clock.spent
+    ]
+
+    assert called == [f"{owner.__name__}.{function}" for _, owner, function in WATCHED]

@@ -23,7 +23,8 @@ from benchmarks.options import Launch, Options
 from benchmarks.record import Target
 from benchmarks.states import State, small
 from benchmarks.suites.save import check
-from shardckpt import checkpointer, commit, manifest, saving
+from shardckpt import commit, manifest
+from shardckpt.saving import series
 
 COUNT, NBYTES = 20_000, 4096
 SAVE, LOAD = "save", "load, cold"
@@ -114,9 +115,9 @@ class Clock:
 
 
 WATCHED = (
-    ("flatten", checkpointer, "flatten"),
-    ("plan", saving, "exchange"),
-    ("plan", saving, "plan"),
+    ("flatten", series, "flatten"),
+    ("plan", series, "exchange"),
+    ("plan", series, "plan"),
     ("manifest", manifest, "encode"),
     ("manifest", manifest, "decode_rank_manifest"),
     ("manifest", commit, "assemble"),
