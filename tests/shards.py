@@ -134,7 +134,14 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
 @contextmanager
 def small_grid() -> Iterator[None]:
     """Blocks of 16 KiB and digest blocks of 1 KiB, so that small tensors meet every boundary that large ones do."""
-    small = {"BLOCK": 16 << 10, "DIGEST_BLOCK": 1 << 10, "SMALL": 1 << 9, "GAP": 1 << 9, "MAX_CELL": 12 << 10}
+    small = {
+        "BLOCK": 16 << 10,
+        "DIGEST_BLOCK": 1 << 10,
+        "SMALL": 1 << 9,
+        "GAP": 1 << 9,
+        "MAX_CELL": 12 << 10,
+        "STEP": 2 << 10,
+    }
     modules = [
         shardckpt.storage.base,
         shardckpt.codecs,

@@ -296,6 +296,13 @@ class Heated(LocalStorage):
         return self.hot
 
 
+@pytest.fixture
+def cell_by_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cache has is read in steps of one digest block, so that a few make several steps."""
+    monkeypatch.setattr("shardckpt.reader.fetch.STEP", DIGEST_BLOCK)
+
+
+@pytest.mark.usefixtures("cell_by_cell")
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("hot", [True, False])
 def test_hot_or_not_nothing_is_taken_unverified(
@@ -354,6 +361,7 @@ class Placing(LocalStorage):
         return self.hot
 
 
+@pytest.mark.usefixtures("cell_by_cell")
 @pytest.mark.parametrize(("hot", "has_cache"), [(True, True), (False, True), (False, False)])
 def test_bytes_go_straight_to_where_they_belong_as_they_are(
     storage: LocalStorage, pool: StagingPool, hot: bool, has_cache: bool

@@ -20,6 +20,10 @@ PAGE: Final = 4096
 GAP: Final = 64 << 10
 """Bytes that nobody wants but that are read anyway, where that saves a request."""
 
+STEP: Final = 4 << 20
+"""Bytes that are read at once from the page cache: still in the processor's cache when they are verified. 2 GiB
+on 2 ranks: 0.25 s, with a cell at a time 0.32 s, with whole blocks 0.30 s."""
+
 _RUNS_PER_BLOCK: Final = 64
 """Of a range: with more, what Python does for each costs more than `steps` spares."""
 
@@ -124,12 +128,12 @@ def ranges(extents: Iterable[Extent[T]], *, most: int | None = None) -> Iterator
 
 
 def steps(wanted: Range[T]) -> Iterator[Range[T]]:
-    """The same cells in ranges of about one cell each, as long as that doesn't make many ranges of small entries."""
+    """The same cells in ranges of `STEP` bytes at most, as long as that doesn't make many ranges of small entries."""
     if len(wanted.runs) > _RUNS_PER_BLOCK:
         yield wanted
         return
     extents = [run.extent.narrowed([(run.first, run.stop)], run.extent.subject) for run in wanted.runs]
-    yield from ranges(extents, most=DIGEST_BLOCK)
+    yield from ranges(extents, most=STEP)
 
 
 def cells_of(lengths: Sequence[int], inner: Box, itemsize: int) -> list[tuple[int, int]]:
