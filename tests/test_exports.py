@@ -11,6 +11,7 @@ import shardckpt
 from shardckpt import errors
 
 EXPORTED = [
+    "CheckpointManager",
     "Checkpointer",
     "LoadReport",
     "PendingSave",

@@ -30,6 +30,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "options",
             "indexing",
             "relocation",
+            "retention",
         }
     ),
     frozenset({"state", "planner", "coordinator"}),
@@ -38,7 +39,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"commit"}),
     frozenset({"saving", "loading"}),
     frozenset({"checkpointer"}),
-    frozenset({"api", "lightning"}),
+    frozenset({"api", "lightning", "manager"}),
 )
 """Module or sub-package names, lowest floor first. Modules of one sub-package may import each other."""
 

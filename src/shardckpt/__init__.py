@@ -35,6 +35,7 @@ from shardckpt.errors import (
     UnsupportedFormatError,
     UsageError,
 )
+from shardckpt.manager import CheckpointManager
 from shardckpt.reports import LoadReport, SaveReport
 from shardckpt.state import PerRank
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointManager",
     "CheckpointNotFoundError",
     "Checkpointer",
     "ConflictingStateError",
