@@ -131,7 +131,7 @@ def run(options: Options) -> dict[str, Any]:
         "machine": seen,
         "versions": versions(),
         "checkout": checkout(),
-        "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
+        "command": ["python", "-m", "benchmarks", *_without_folders(sys.argv[1:])],
         "targets": judged(rows, chosen.TARGETS),
         "medians": as_json(rows),
         "not_measured": skipped,
@@ -156,6 +156,18 @@ def run_job(options: Options, launch: Launch, environment: dict[str, str]) -> di
             sys.exit(f"{said.read_text(errors='replace')}\n{options.suite}, {launch.arguments}: failed, see above")
         told: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return told
+
+
+def _without_folders(arguments: Sequence[str]) -> list[str]:
+    """The command line less `--dir` and `--out`: what they name is there on one machine only."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("--dir", "--out"):
+            next(rest)
+        elif not argument.startswith(("--dir=", "--out=")):
+            kept.append(argument)
+    return kept
 
 
 def _name(options: Options, record: dict[str, Any]) -> str:

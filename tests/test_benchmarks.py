@@ -60,6 +60,7 @@ def test_a_suite_writes_a_record_that_can_be_judged_later(tmp_path: Path) -> Non
     assert reached["shardckpt"]["reached"] == pytest.approx(medians["DCP, 2 threads"] / medians["shardckpt"])
     assert reached["shardckpt"]["verdict"] == "too few repeats"
     assert record["command"][:4] == ["python", "-m", "benchmarks", "save"]
+    assert str(tmp_path) not in json.dumps(record["command"])
     assert "save: DCP, 2 threads" in printed
     assert (tmp_path / "save-sharded-small-2ranks-partial.png").stat().st_size > 1000
     assert not (tmp_path / "scratch").exists()
