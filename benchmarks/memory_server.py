@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import defaultdict
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 Parts = list[memoryview]
 
@@ -127,9 +127,11 @@ class Connection:
             named = f"<Key>{escape(key)}</Key><ETag>{escape(tag)}</ETag>"
             self._say(200, f"<CompleteMultipartUploadResult>{named}</CompleteMultipartUploadResult>")
         elif method == "POST":
-            for found in _KEY.findall(body):
-                store.delete(f"{key.rstrip('/')}/{found.decode()}")
-            self._say(200, "<DeleteResult></DeleteResult>")
+            keys = [found.decode() for found in _KEY.findall(body)]
+            for found in keys:
+                store.delete(f"{key.rstrip('/')}/{unescape(found)}")
+            gone = "".join(f"<Deleted><Key>{found}</Key></Deleted>" for found in keys)
+            self._say(200, f"<DeleteResult>{gone}</DeleteResult>")
         elif method == "DELETE":
             if "uploadId" in query:
                 store.uploads.pop(query["uploadId"][0], None)
