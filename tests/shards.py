@@ -140,7 +140,7 @@ def small_grid() -> Iterator[None]:
         "SMALL": 1 << 9,
         "GAP": 1 << 9,
         "MAX_CELL": 12 << 10,
-        "STEP": 2 << 10,
+        "CACHED_STEP": 2 << 10,
     }
     modules = [
         shardckpt.storage.base,
@@ -152,6 +152,7 @@ def small_grid() -> Iterator[None]:
         shardckpt.writer.streams,
         shardckpt.reader.fetch,
         shardckpt.reader.shards,
+        shardckpt.reader.targets,
     ]
     patches = [
         mock.patch.object(module, name, value)

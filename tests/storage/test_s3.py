@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import fsspec
@@ -16,6 +17,7 @@ from s3_server import S3Place, free_port
 from shardckpt import commit, filenames
 from shardckpt.commit import clearing
 from shardckpt.errors import (
+    CorruptCheckpointError,
     ObjectExistsError,
     ObjectNotFoundError,
     ShardckptError,
@@ -23,11 +25,11 @@ from shardckpt.errors import (
     StorageError,
     UsageError,
 )
-from shardckpt.storage import BLOCK, Storage, open_storage, retry
+from shardckpt.storage import BLOCK, Read, Storage, open_storage, retry
 from shardckpt.storage.objects import ObjectStorage
 from shardckpt.storage.s3_opening import open_with_s3fs
 from shardckpt.storage.s3_uploads import Body, S3Writer
-from shardckpt.storage.traffic import READ_PIECE, WIDTH
+from shardckpt.storage.traffic import WIDTH
 from storage.conformance import StorageConformance, noise, pieces, store, winners_of
 from storage.proxy import PASSING, Fault, Proxy, bursts, first, sometimes
 
@@ -245,10 +247,56 @@ def test_a_part_is_sent_again_from_its_beginning(s3_place: S3Place, fault: Any) 
 def test_ranges_are_read_in_parallel(open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large range is asked for in several requests at the same time."""
     storage = open_s3(s3_place.url, s3_place.storage_options)
-    storage.put("rank", b"x", replace=True)
     gate = threading.Barrier(3)
-    monkeypatch.setattr(storage, "_read_range", lambda *_: bytes(READ_PIECE if gate.wait(30) >= 0 else 0))
-    storage.read_into("rank", 0, memoryview(bytearray(3 * READ_PIECE)))
+    asked: list[tuple[int, int]] = []
+
+    @contextmanager
+    def stream(_: str, start: int, stop: int) -> Iterator[Read]:
+        asked.append((start, stop))
+        gate.wait(30)
+        yield lambda *_: None
+
+    monkeypatch.setattr(storage, "stream", stream)
+    size = storage.stretch
+    storage.read_into("rank", 5, memoryview(bytearray(3 * size)))
+    assert sorted(asked) == [(5 + number * size, 5 + (number + 1) * size) for number in range(3)]
+
+
+def test_a_stream_is_one_request(open_s3: Opener, s3_place: S3Place) -> None:
+    """Whatever is asked of a stream in ascending order is one request; going back is allowed, and right."""
+    data = noise(3 << 20)
+    with Proxy(endpoint(s3_place), sometimes(0)) as proxy:
+        storage = open_s3(s3_place.url, through(proxy, s3_place))
+        store(storage, "rank", data)
+        seen = proxy.seen[""]
+        into = memoryview(bytearray(len(data)))
+        with storage.stream("rank", 7, len(data) + 8) as read:
+            for start, stop in ((7, 8), (8, 1 << 20), ((1 << 20) + 999, 2 << 20), (2 << 20, len(data))):
+                read(start, into[start:stop])
+                assert into[start:stop] == data[start:stop]
+            assert proxy.seen[""] == seen + 1
+            read(100, into[:50])
+            assert into[:50] == data[100:150]
+            with pytest.raises(CorruptCheckpointError, match="of the 9 bytes from 3145727 on only 1 are there"):
+                read(len(data) - 1, into[:9])
+
+
+@pytest.mark.parametrize("fault", ["cut", "short"])
+def test_a_stream_goes_on_where_it_broke_off(
+    open_s3: Opener, s3_place: S3Place, monkeypatch: pytest.MonkeyPatch, fault: Any
+) -> None:
+    """What has come of an answer that breaks off is kept, and the rest is asked for."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    data = noise(3 << 20)
+    with Proxy(endpoint(s3_place), first(2, "GET /", fault)) as proxy:
+        storage = open_s3(s3_place.url, through(proxy, s3_place))
+        store(storage, "rank", data)
+        into = memoryview(bytearray(len(data)))
+        with storage.stream("rank", 0, len(data)) as read:
+            for start in range(0, len(data), 1 << 18):
+                read(start, into[start : start + (1 << 18)])
+        assert into == data
+        assert proxy.seen[fault] == 2
 
 
 def test_more_parts_than_s3_takes(open_s3: Opener, s3_place: S3Place) -> None:

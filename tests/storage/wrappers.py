@@ -5,8 +5,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
-from shardckpt.storage import GET_LIMIT, ObjectWriter, Stat, Storage
+from shardckpt.storage import GET_LIMIT, ObjectWriter, Read, Stat, Storage
 
 
 class WrapperStorage:
@@ -16,6 +18,7 @@ class WrapperStorage:
         self.inner = inner
         self.url = inner.url
         self.width = inner.width
+        self.stretch = inner.stretch
         self.has_places = inner.has_places
         self.read_cache = ""  # as if it were another machine's
 
@@ -37,6 +40,9 @@ class WrapperStorage:
     def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
         self.called("read_into", name, into.nbytes)
         self.inner.read_into(name, offset, into, cached=cached)
+
+    def stream(self, name: str, start: int, stop: int) -> AbstractContextManager[Read]:
+        return nullcontext(partial(self.read_into, name, cached=False))
 
     def in_cache(self, name: str, offset: int, nbytes: int) -> bool:
         return False

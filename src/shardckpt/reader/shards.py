@@ -1,6 +1,7 @@
 """The files that a read needs: checked before anything is placed, then verified block by block."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from typing import Final
 
@@ -24,7 +25,7 @@ from shardckpt.reader.common import points
 from shardckpt.reader.fetch import PAGE, Extent, Run, cells_of, union
 from shardckpt.reader.place import Placement, Target
 from shardckpt.staging import Block
-from shardckpt.storage import BLOCK, Storage
+from shardckpt.storage import BLOCK, Read, Storage
 
 MAX_CELL: Final = BLOCK - PAGE
 """Stored bytes of a cell that fit into a block wherever they start. Frames of incompressible data are far from it."""
@@ -214,6 +215,10 @@ class ShardFile:
     def read_into(self, offset: int, into: memoryview, *, cached: bool) -> None:
         """Fill `into` with the file's bytes from `offset` on; `cached` as for `Storage.read_into`."""
         self._storage.read_into(self._file.name, offset, into, cached=cached)
+
+    def stream(self, start: int, stop: int) -> AbstractContextManager[Read]:
+        """Read the file's bytes [start, stop) from front to back; see `Storage.stream`."""
+        return self._storage.stream(self._file.name, start, stop)
 
     def in_cache(self, start: int, stop: int) -> bool:
         """Whether these bytes of the file are in a cache, as far as the storage knows."""

@@ -18,18 +18,23 @@ from shardckpt.errors import StateMismatchError, UsageError
 from shardckpt.garbage import held_off
 from shardckpt.manifest import Manifest
 from shardckpt.reader.common import Crowd
-from shardckpt.reader.fetch import PAGE, Extent, Range, Run, ranges, steps, union
+from shardckpt.reader.fetch import PAGE, Extent, Range, ranges, steps, union
 from shardckpt.reader.place import Placement, Target
 from shardckpt.reader.plan import ReadPlan
 from shardckpt.reader.shards import Piece, ShardFile
-from shardckpt.staging import Block, Budget, StagingPool
-from shardckpt.storage import BLOCK
+from shardckpt.staging import Budget, StagingPool
+from shardckpt.storage import BLOCK, Read
 from shardckpt.workers import for_each
 
 READ_MEMORY: Final = 256 << 20
 """Bytes of bounce buffers that one read may hold unless the caller says otherwise."""
 MIN_RANGE: Final = 1 << 20
 """Bytes below which a range is not cut further, so that more threads could read at the same time."""
+CACHED_STEP: Final = 4 << 20
+"""Bytes that are read at once from the page cache: still in the processor's cache when they are verified. 2 GiB
+on 2 ranks: 0.25 s, with a cell at a time 0.32 s, with whole blocks 0.30 s."""
+_STEP: Final = 2 << 20
+"""Bytes of what comes over a network that are placed and verified at a time."""
 _CROWD_DEPTH: Final = 2
 """Times as many threads read what comes through the page cache: their requests become smaller ones on the way."""
 
@@ -144,7 +149,10 @@ class Reading:
         `crowd`: other processes on this host are about to read the same bytes.
         """
         self._open(self.plan.files)
-        self._run([(file, piece) for file in self.plan.files for piece in ranges(file.extents.values())], crowd)
+        files = [(file, list(file.extents.values())) for file in self.plan.files]
+        nbytes = sum(extent.nbytes_of(cells) for _, extents in files for extent in extents for cells in extent.cells)
+        most = self._most(nbytes, least=BLOCK)
+        self._run([(file, piece) for file, extents in files for piece in ranges(extents, most=most)], crowd)
 
     def cells(
         self,
@@ -164,10 +172,10 @@ class Reading:
             file, piece = self.plan.pieces[entry]
             extent = file.extents[entry]
             cells = union(runs)
-            nbytes += sum(extent.start_of(stop) - extent.start_of(first) for first, stop in cells)
+            nbytes += sum(map(extent.nbytes_of, cells))
             extents[id(file)].append(extent.narrowed(cells, piece.also(others.get(entry, ()))))
-        # As many ranges as there are threads, so that even little is read in parallel.
-        most = min(BLOCK, max(MIN_RANGE, -(-nbytes // self.threads // PAGE) * PAGE))
+        # Even little is read in parallel.
+        most = self._most(nbytes, least=MIN_RANGE)
         work = [(files[key], piece) for key, found in extents.items() for piece in ranges(found, most=most)]
         self._run(work, crowd)
 
@@ -184,6 +192,13 @@ class Reading:
     def _open_one(self, file: ShardFile) -> None:
         self.stats.count(file.open())
 
+    def _most(self, nbytes: int, *, least: int) -> int:
+        """Bytes of a range such that all threads have as much to do, of `nbytes` in all."""
+        # What is not streamed is read at once into one block.
+        limit = BLOCK if self.plan.storage.read_cache else self.plan.storage.stretch
+        turns = max(1, -(-nbytes // (self.threads * limit)))
+        return min(limit, max(least, -(-nbytes // (self.threads * turns) // PAGE) * PAGE))
+
     def _run(self, work: Sequence[tuple[ShardFile, Range[Piece]]], crowd: Crowd | None) -> None:
         threads = self.threads
         if crowd is not None:
@@ -193,36 +208,42 @@ class Reading:
     def _read(self, work: tuple[ShardFile, Range[Piece]], *, cached: bool) -> None:
         """Read one range, and verify and place what it holds; `cached` is for what is not in a cache yet."""
         file, wanted = work
+        if not self.plan.storage.read_cache:
+            # Bytes are verified while the processor still has them from their way into place.
+            first = wanted.runs[0].start_byte
+            with file.stream(first, wanted.stop) as read:
+                for part in steps(wanted, _STEP):
+                    self._read_part(read, part, part.runs[0].start_byte, part.stop, anywhere=True)
+            return
         in_cache = file.in_cache(wanted.start, wanted.stop)
-        # What is read past the page cache has to be aligned; the rest may as well be read to where it belongs.
-        anywhere = in_cache or cached or not self.plan.storage.read_cache
-        for part in steps(wanted) if in_cache else (wanted,):
-            window = _window(part) if anywhere else None
-            if window is not None:
-                self._read_into_place(file, part.runs[0], window)
-                continue
-            block = self._budget.acquire()
-            try:
-                self._read_through(file, part, block, cached=in_cache or cached)
-            finally:
-                block.release()
+        read = partial(file.read_into, cached=in_cache or cached)
+        for part in steps(wanted, CACHED_STEP) if in_cache else (wanted,):
+            # What is read past the page cache has to be aligned; the rest may as well be read to where it belongs.
+            stop = min(-(-part.stop // PAGE) * PAGE, file.size)
+            self._read_part(read, part, part.start, stop, anywhere=in_cache or cached)
 
-    def _read_into_place(self, file: ShardFile, run: Run[Piece], window: memoryview) -> None:
-        self.stats.placing = True
-        file.read_into(run.start_byte, window, cached=True)
-        self.stats.count(len(window))
-        run.extent.subject.verify(run, window, run.start_byte)
-
-    def _read_through(self, file: ShardFile, wanted: Range[Piece], block: Block, *, cached: bool) -> None:
-        stop = min(-(-wanted.stop // PAGE) * PAGE, file.size)
-        memory = block.memory[: stop - wanted.start]
-        file.read_into(wanted.start, memory, cached=cached)
-        self.stats.count(len(memory))
-        with self.mode():
-            for run in wanted.runs:
-                run.extent.subject.verify(run, memory, wanted.start)
-                self.stats.placing = True
-                run.extent.subject.place(run, block, wanted.start)
+    def _read_part(self, read: Read, part: Range[Piece], start: int, stop: int, *, anywhere: bool) -> None:
+        """Read a range; through a block as bytes [start, stop) of the file, if it can't be read to where it belongs."""
+        window = _window(part) if anywhere else None
+        if window is not None:
+            (run,) = part.runs
+            self.stats.placing = True
+            read(run.start_byte, window)
+            self.stats.count(len(window))
+            run.extent.subject.verify(run, window, run.start_byte)
+            return
+        block = self._budget.acquire()
+        try:
+            memory = block.memory[: stop - start]
+            read(start, memory)
+            self.stats.count(len(memory))
+            with self.mode():
+                for run in part.runs:
+                    run.extent.subject.verify(run, memory, start)
+                    self.stats.placing = True
+                    run.extent.subject.place(run, block, start)
+        finally:
+            block.release()
 
     def _all_targets(self) -> Iterator[Target]:
         return chain.from_iterable(self.targets.values())

@@ -4,7 +4,7 @@ Retries, foreign errors and the differences between backends end in this package
 happens when :func:`open_storage` meets the first URL of one.
 """
 
-from shardckpt.storage.base import BLOCK, GET_LIMIT, ObjectWriter, Stat, Storage, Uploads, check_name, join, split
+from shardckpt.storage.base import BLOCK, GET_LIMIT, ObjectWriter, Read, Stat, Storage, Uploads, check_name, join, split
 from shardckpt.storage.local import TEMP_PREFIX, LocalStorage
 from shardckpt.storage.opening import is_local, local_path, open_storage
 
@@ -14,6 +14,7 @@ __all__ = [
     "TEMP_PREFIX",
     "LocalStorage",
     "ObjectWriter",
+    "Read",
     "Stat",
     "Storage",
     "Uploads",

@@ -7,8 +7,8 @@ names. Every error that leaves a storage is one of :mod:`shardckpt.errors`; the 
 import builtins
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from shardckpt.errors import ObjectExistsError, ObjectNotFoundError, StorageError, UsageError
@@ -18,6 +18,9 @@ BLOCK = 8 << 20
 
 GET_LIMIT = 1 << 30
 """Bytes that :meth:`Storage.get` is willing to allocate unless the caller says otherwise."""
+
+Read = Callable[[int, memoryview], None]
+"""Fills memory with an object's bytes from an offset on; see :meth:`Storage.stream`."""
 
 
 class Stat(NamedTuple):
@@ -77,6 +80,8 @@ class Storage(Protocol):
     """Whether a place must be made before anything can be put in it: a directory must, a prefix of keys need not."""
     width: int
     """How many pieces of an object are worth being written or read at the same time, each by a thread of its own."""
+    stretch: int
+    """Bytes that are worth being asked for at a time: :data:`BLOCK`, or more where a request waits for its answer."""
 
     def create(self, name: str, size_hint: int, *, front_last: bool = False) -> ObjectWriter:
         """Begin a new object of about ``size_hint`` bytes (0: unknown); local storage allocates them on the disk now.
@@ -121,6 +126,13 @@ class Storage(Protocol):
         Raises:
             ObjectNotFoundError: the object does not exist.
             CorruptCheckpointError: the object ends before ``into`` is full. ``into`` may be partly overwritten.
+        """
+
+    def stream(self, name: str, start: int, stop: int) -> AbstractContextManager[Read]:
+        """Read bytes [start, stop) of an object from front to back, by one request where requests are what it takes.
+
+        What is yielded fills memory (as for :meth:`read_into`) with the bytes from an offset on, as they come. It is
+        for one thread, and for offsets that ascend: to go back costs another request. It raises what `read_into` does.
         """
 
     def in_cache(self, name: str, offset: int, nbytes: int) -> bool:

@@ -9,16 +9,19 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
 from shardckpt.errors import CorruptCheckpointError, ObjectExistsError, StorageError
 from shardckpt.storage import posix
 from shardckpt.storage.base import (
+    BLOCK,
     GET_LIMIT,
     ObjectWriter,
     Pieces,
+    Read,
     Stat,
     Storage,
     check_held,
@@ -47,6 +50,7 @@ class LocalStorage:
         self.read_cache = posix.host()
         self.has_places = True
         self.width = THREADS
+        self.stretch = BLOCK
 
     @property
     def directory(self) -> str:
@@ -84,6 +88,9 @@ class LocalStorage:
             done = 0 if cached else posix.read_direct(descriptor, into, offset)
             _fill(path, descriptor, offset + done, into[done:])
 
+    def stream(self, name: str, start: int, stop: int) -> AbstractContextManager[Read]:  # noqa: ARG002 - reads are no requests
+        return nullcontext(partial(self.read_into, name, cached=False))
+
     def in_cache(self, name: str, offset: int, nbytes: int) -> bool:
         path = self.path_of(name)
         with translating("look at", path), _opened(path) as (descriptor, size):
@@ -110,7 +117,7 @@ class LocalStorage:
     def children(self) -> builtins.list[str]:
         """Return the names of the directories and of the links to directories, sorted."""
         with translating("list", self.url):
-            return sorted(entry.name for entry in self._entries() if _is_directory(entry))
+            return sorted(entry.name for entry in self._entries() if posix.is_directory(entry))
 
     def delete(self, names: Sequence[str]) -> None:
         for name in names:
@@ -289,13 +296,6 @@ def _fill(path: str, descriptor: int, offset: int, into: memoryview) -> None:
             )
         offset += got
         into = into[got:]
-
-
-def _is_directory(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads in a circle
-        return False
 
 
 def _link_new(aside: str, descriptor: int, path: str) -> None:

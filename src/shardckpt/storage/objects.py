@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 import obstore
 
 from shardckpt.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, StorageError
-from shardckpt.storage.base import GET_LIMIT, ObjectWriter, Stat, Storage, Uploads, check_name, copy_plain, octets
+from shardckpt.storage.base import GET_LIMIT, ObjectWriter, Read, Stat, Storage, Uploads, check_name, copy_plain
 from shardckpt.storage.connection import Connection
+from shardckpt.storage.downloads import STRETCH, Download
 from shardckpt.storage.remote import forget
 from shardckpt.storage.retry import retrying
-from shardckpt.storage.traffic import WIDTH, fill
+from shardckpt.storage.traffic import WIDTH, fill, incoming
 from shardckpt.storage.translate import is_missing_bucket, is_transient, lacks_conditions, translating
 from shardckpt.storage.uploads import Upload
 from shardckpt.workers import for_each
@@ -47,6 +48,7 @@ class ObjectStorage:
         self.read_cache = ""
         self.has_places = False
         self.width = WIDTH
+        self.stretch = STRETCH
         self.connection = connection
         self._prefix = prefix
         self._open_spare = spare
@@ -91,8 +93,10 @@ class ObjectStorage:
         return data
 
     def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:  # noqa: ARG002 - there is no cache
-        check_name(name)
-        fill(self.url_of(name), offset, octets(into), partial(self._read_range, name))
+        fill(offset, into, self.stretch, partial(self.stream, name))
+
+    def stream(self, name: str, start: int, stop: int) -> AbstractContextManager[Read]:  # noqa: ARG002 - the first call says
+        return incoming(self.url_of(name), Download(self, name, stop))
 
     def in_cache(self, name: str, offset: int, nbytes: int) -> bool:  # noqa: ARG002 - there is none
         check_name(name)
@@ -205,20 +209,6 @@ class ObjectStorage:
     def _listed(self) -> Any:
         with self.translating("list"):
             return retrying(lambda: obstore.list_with_delimiter(self.connection.store, self._prefix or None))
-
-    def _read_range(self, name: str, offset: int, nbytes: int) -> Any:
-        """Return up to ``nbytes`` from ``offset`` on, in memory of the client's; fewer where the object ends before."""
-        key = self.key_of(name)
-        with self.translating("read", name):
-            try:
-                return retrying(lambda: obstore.get_range(self.connection.store, key, start=offset, length=nbytes))
-            except FileNotFoundError:
-                raise
-            except Exception:
-                # A range that starts at or beyond the end is an error to every store.
-                if offset < self.size(name):
-                    raise
-                return b""
 
     def _found(self, key: str) -> "tuple[bytes, UpdateVersion] | None":
         """What an object holds and how the store tells it from others of its name; None if there is none."""

@@ -246,3 +246,11 @@ def sync_directory(directory: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def is_directory(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a directory, or a link that leads to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False

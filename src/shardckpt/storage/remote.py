@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from shardckpt.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, UsageError
 from shardckpt.storage.base import (
     GET_LIMIT,
     ObjectWriter,
     Pieces,
+    Read,
     Stat,
     Storage,
     check_held,
@@ -25,9 +26,12 @@ from shardckpt.storage.base import (
     octets,
 )
 from shardckpt.storage.retry import retrying
-from shardckpt.storage.traffic import WIDTH, fill
+from shardckpt.storage.traffic import WIDTH, fill, incoming
 from shardckpt.storage.translate import conceal, secrets_of, translating, without_credentials
 from shardckpt.workers import for_each
+
+STRETCH: Final = 16 << 20
+"""Bytes asked for in one request at most: the file system returns memory of its own, which is copied into place."""
 
 # Where the file systems of fsspec keep the time of the last write; some have only that of the creation.
 _MODIFIED_KEYS = ("LastModified", "mtime", "modified", "updated", "last_modified", "created")
@@ -68,6 +72,7 @@ class RemoteStorage:
         self.read_cache = ""
         self.has_places = True
         self.width = WIDTH
+        self.stretch = STRETCH
         self.filesystem = filesystem
         self._root = path.rstrip("/")
         self._secrets = secrets
@@ -102,7 +107,19 @@ class RemoteStorage:
             return bytes(retrying(lambda: self.filesystem.cat_file(self.path_of(name))))
 
     def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:  # noqa: ARG002 - there is no cache
-        fill(self.url_of(name), offset, octets(into), partial(self._read_range, name))
+        fill(offset, into, self.stretch, partial(self.stream, name))
+
+    def stream(self, name: str, start: int, stop: int) -> AbstractContextManager[Read]:  # noqa: ARG002 - the first call says
+        end = -1
+
+        def more(at: int) -> bytes:
+            nonlocal end
+            # Fewer bytes than were asked for mean that there are no more.
+            data = self._read_range(name, at, stop - at) if at != end else b""
+            end = at + len(data)
+            return data
+
+        return incoming(self.url_of(name), more)
 
     def in_cache(self, name: str, offset: int, nbytes: int) -> bool:  # noqa: ARG002 - there is none
         check_name(name)
