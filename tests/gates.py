@@ -17,9 +17,13 @@ SECONDS = 60.0
 
 
 class Gate:
-    """`open` lets the copies go on; ``asked`` is set once somebody waits for them; ``error`` is what they raise."""
+    """`open` lets the copies go on; ``asked`` is set once somebody waits for them; ``error`` is what they raise.
+
+    With ``opens_when_asked`` whoever waits opens it first, in that thread, so that nobody can close it too late.
+    """
 
     def __init__(self) -> None:
+        self.opens_when_asked = False
         self.open = threading.Event()
         self.asked = threading.Event()
         self.error: Exception | None = None
@@ -40,6 +44,8 @@ def gate() -> Iterator[Gate]:
 
     def waiting(self: PendingSave, timeout: float | None = None) -> bool:
         found.asked.set()
+        if found.opens_when_asked:
+            found.open.set()
         return wait(self, timeout)
 
     copying.copy_memory, PendingSave.wait_until_staged = copy, waiting  # type: ignore[assignment, method-assign]

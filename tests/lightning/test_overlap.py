@@ -1,6 +1,5 @@
 """``overlap="step"`` through a Trainer: forward and backward run beside the copy, which is that of the save."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import toy
 
 import shardckpt
-from gates import Gate, beside, gate, same
+from gates import Gate, gate, same
 from shardckpt.lightning import ShardedCheckpointIO
 
 OPTIONS = {"filename": "{step}", "every_n_train_steps": 2, "save_top_k": -1, "save_last": True}
@@ -31,20 +30,9 @@ def train(lightning: Any, module: Any, folder: Path, callbacks: list[Any], **opt
 @contextmanager
 def opened_when_asked() -> Iterator[Gate]:
     """A gate that opens once somebody waits for what is behind it; callbacks close it again before each save."""
-    stop = threading.Event()
-
-    def opener() -> None:
-        while not stop.is_set():
-            if held.asked.wait(0.01):
-                held.open.set()
-
     with gate() as held:
-        thread = beside(opener)
-        try:
-            yield held
-        finally:
-            stop.set()
-            thread.join()
+        held.opens_when_asked = True
+        yield held
 
 
 def closing(lightning: Any, held: Gate) -> Any:
