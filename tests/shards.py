@@ -23,7 +23,7 @@ from shardckpt.reader import Target
 from shardckpt.safetensors_format import entry_key
 from shardckpt.staging import Source, StagingPool, copyable, stage
 from shardckpt.storage import Storage
-from shardckpt.writer import ShardWriter, WrittenShard
+from shardckpt.writer import ShardWriter
 
 SAVE_ID = "0123456789ab"
 
@@ -50,12 +50,12 @@ def write_shard(
     codec: tuple[str, int] | None = None,
     limit: int | None = None,
     threads: int = 2,
-) -> WrittenShard:
+) -> RankManifest:
     """Stage in this thread while another writes, as a save does; raises what the writing thread raises."""
     writer = ShardWriter(
         storage, shard_name(rank, SAVE_ID), SAVE_ID, rank, sources, pool=pool, codec=codec, threads=threads
     )
-    outcome: list[WrittenShard | BaseException] = []
+    outcome: list[RankManifest | BaseException] = []
 
     def run() -> None:
         try:
@@ -110,7 +110,7 @@ def save(storage: Storage, tensors: Mapping[str, torch.Tensor], pool: StagingPoo
     storage.prepare()
     sources = in_order([source(fqn, tensor) for fqn, tensor in tensors.items()])
     written = write_shard(storage, sources, pool=pool, **options)
-    return publish(storage, [written.manifest], {fqn: tensor.shape for fqn, tensor in tensors.items()})
+    return publish(storage, [written], {fqn: tensor.shape for fqn, tensor in tensors.items()})
 
 
 def whole(fqn: str, tensor: torch.Tensor) -> Target:

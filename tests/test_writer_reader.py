@@ -149,7 +149,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, data: st.DataObjec
     with small_grid():
         pool = StagingPool()
         ranks = [
-            write_shard(storage, in_order(sources), pool=pool, rank=rank, codec=codec, limit=limit).manifest
+            write_shard(storage, in_order(sources), pool=pool, rank=rank, codec=codec, limit=limit)
             for rank, sources in enumerate(by_rank)
         ]
         manifest = publish(storage, ranks, {fqn: tensor.shape for fqn, tensor in tensors.items()})
@@ -430,7 +430,7 @@ def two_ranks(storage: Storage, pool: StagingPool) -> tuple[Manifest, torch.Tens
     for rank in range(2):
         box = Box((32 * rank, 0), (32, 100))
         part = source("a", tensor[slices(box)], box, tensor.shape)
-        ranks.append(write_shard(storage, [part], pool=pool, rank=rank).manifest)
+        ranks.append(write_shard(storage, [part], pool=pool, rank=rank))
     return publish(storage, ranks, {"a": tensor.shape}), tensor
 
 

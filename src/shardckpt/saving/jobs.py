@@ -190,7 +190,7 @@ class SaveJob(Job):
             raise self._writer
         assert self._writer is not None, "a job runs once"
         _find_place(order)
-        manifest = self._writer.run().manifest
+        manifest = self._writer.run()
         objects = order.objects if order.speaks else {}
         own = order.own.objects if order.own is not None else {}
         entries = put_objects(order.storage, rank, save_id, objects | own)

@@ -1,10 +1,8 @@
 """Writing one rank's shard: from the blocks that staging fills to a durable file and the rank's word on it."""
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
 
 from shardckpt.codecs import digest, digests_text
 from shardckpt.garbage import held_off
@@ -15,17 +13,6 @@ from shardckpt.storage import Storage
 from shardckpt.workers import THREADS
 from shardckpt.writer.output import Output
 from shardckpt.writer.streams import FrameStream, RawStream, Stored, Stream, listed_of
-
-
-class WrittenShard(NamedTuple):
-    """A shard that is durable."""
-
-    manifest: RankManifest
-    """Without ``state`` and ``objects``, which the caller knows."""
-    data_bytes: int
-    """Bytes of the file, its header not counted."""
-    seconds: float
-    """From the start of `ShardWriter.run` until the file was durable."""
 
 
 class ShardWriter:
@@ -93,12 +80,13 @@ class ShardWriter:
         self._fail(error)
         self._blocks.put(None)
 
-    def run(self) -> WrittenShard:
+    def run(self) -> RankManifest:
         """Write all blocks as they come, and return once the file is durable.
+
+        What is returned lacks ``state`` and ``objects``, which the caller knows.
 
         On any error the file is removed, blocks that were emitted are released, and the error is raised.
         """
-        start = time.perf_counter()
         try:
             with self._out.writing(self._stream.size_hint, front_last=self._stream.front_last):
                 for block in self._emitted():
@@ -112,8 +100,7 @@ class ShardWriter:
             self._out.abort()
             self._drain()
             raise
-        manifest = self._describe(stored)
-        return WrittenShard(manifest, stored.size - len(stored.header), time.perf_counter() - start)
+        return self._describe(stored)
 
     def _emitted(self) -> Iterator[Block]:
         """Blocks as they come, doing what has been put off in the meantime."""
