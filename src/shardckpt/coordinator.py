@@ -278,6 +278,7 @@ class _StoreOperation:
         self._store.drop(self._key(point, self.rank))
         self._mark_heard(key)
         if word.error is not None:
+            self._store.drop(self._key(point, "failed"))  # said too late for rank 0 to see
             raise _error_from(word, announced=True)
         return word.payload
 
@@ -310,8 +311,10 @@ class _StoreOperation:
             return msgspec.msgpack.encode(_Word(self._call, self.rank, word))
         silent = word.ranks if isinstance(word, RankTimeoutError) else ()
         message = str(word) or repr(word)
+        # Rank 0 announces what others met.
+        met_by = word.rank if isinstance(word, ShardckptError) and word.rank is not None else self.rank
         return msgspec.msgpack.encode(
-            _Word(self._call, self.rank, error=type(word).__name__, message=message, silent=silent)
+            _Word(self._call, met_by, error=type(word).__name__, message=message, silent=silent)
         )
 
     def _timed_out(self, silent: tuple[int, ...], point: str, timeout: float) -> RankTimeoutError:
@@ -343,5 +346,8 @@ def _error_from(word: _Word, *, announced: bool = False) -> ShardckptError:
     # What rank 0 announces names the rank already, unless it speaks of itself or of all.
     message = word.message if announced or word.message.startswith("rank ") else f"rank {word.rank}: {word.message}"
     if isinstance(kind, type) and issubclass(kind, ShardckptError):
-        return kind(message)
-    return errors.RemoteError(f"{message} [{word.error}]")
+        error: ShardckptError = kind(message)
+    else:
+        error = errors.RemoteError(f"{message} [{word.error}]")
+    error.rank = word.rank
+    return error

@@ -32,6 +32,9 @@ An error that has a builtin counterpart is one, so ``except FileNotFoundError`` 
 class ShardckptError(Exception):
     """The root of every error that shardckpt raises on purpose."""
 
+    rank: int | None = None
+    """The rank that met it, where that has told the others; None for an error of this process."""
+
 
 class UsageError(ShardckptError, ValueError):
     """The call itself is wrong: an unknown option, a bad path, a closed or forked Checkpointer."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import shardckpt
 from shardckpt import Checkpointer
 from shardckpt import checkpointer as module
-from shardckpt.saving import halves
+from shardckpt.saving import halves, jobs
 from shardckpt.storage import Storage
 from storage.wrappers import WrapperStorage
 
@@ -110,6 +111,42 @@ def failing_writer(rank: int, path: str, failing: int) -> dict[str, Any]:
         return save_beside(rank, path, failing, lambda storage: storage, timeout=60.0)
     finally:
         halves.ShardWriter = original  # type: ignore[misc]
+
+
+class _First(WrapperStorage):
+    """Fails as soon as the shard is to be written."""
+
+    def called(self, method: str, name: str, nbytes: int) -> None:
+        if method == "create":
+            raise BROKEN
+
+
+class _OfThat(WrapperStorage):
+    """Finds its files gone once another rank, which has failed, has cleared up."""
+
+    cleared: Path
+
+    def called(self, method: str, name: str, nbytes: int) -> None:
+        if method == "create":
+            while not self.cleared.exists():
+                time.sleep(0.005)
+            raise shardckpt.ObjectNotFoundError("somebody has removed my file")
+
+
+def one_failure_after_the_other(rank: int, path: str) -> dict[str, Any]:
+    """Rank 0 fails and clears up, and that is what makes rank 1 fail."""
+    abandon = jobs.commit.abandon
+    _OfThat.cleared = Path(f"{path}.cleared")
+
+    def seen(*args: Any, **options: Any) -> None:
+        abandon(*args, **options)
+        _OfThat.cleared.touch()
+
+    jobs.commit.abandon = seen
+    try:
+        return save_beside(rank, path, rank, _OfThat if rank else _First)
+    finally:
+        jobs.commit.abandon = abandon
 
 
 class _Bug:

@@ -44,6 +44,17 @@ def test_a_rank_that_cannot_begin_its_shard_tells_the_others(tmp_path, failing):
     assert len(list((tmp_path / "ck").iterdir())) == 5
 
 
+def test_the_cause_is_what_failed_first(tmp_path):
+    """A rank that fails because another has failed, and has cleared up, tells of that one's error, not of its own."""
+    for rank, told in enumerate(ranks.world(2).run(commit_cases.one_failure_after_the_other, str(tmp_path / "ck"))):
+        kind, message = told["error"]
+        assert kind == "SaveFailedError"
+        assert "the cable is out" in message
+        assert "removed my file" not in message
+        assert rank == 0 or "rank 0: the cable is out" in message
+        assert (told["sum"], told["after"]) == (OLD, AFTER)
+
+
 def test_a_users_bug_on_one_rank_ends_the_load_on_all(tmp_path):
     """An error that is none of ours on one rank is every rank's at once, says what was changed, and leaves no hang."""
     for rank, (kind, message, seconds) in enumerate(

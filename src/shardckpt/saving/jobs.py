@@ -63,6 +63,16 @@ def failure(path: str, error: BaseException, *, unheard: bool = False) -> SaveFa
     return failed
 
 
+def _cause(word: bytes | Exception, verdict: Exception, rank: int) -> Exception:
+    """What a save that failed on this rank with ``word``, and on all with ``verdict``, failed of.
+
+    An error of this rank's own, which has its traceback, unless another rank's came before: then this one may have
+    come of it, since that rank clears up.
+    """
+    told_by = verdict.rank if isinstance(verdict, ShardckptError) else None
+    return word if isinstance(word, Exception) and told_by in (None, rank) else verdict
+
+
 @dataclass(frozen=True)
 class Order:
     """What both kinds of background job need to know of the save that ordered them."""
@@ -178,8 +188,7 @@ class SaveJob(Job):
                 ranks = range(order.operation.world_size) if rank == 0 else [rank]
                 commit.abandon(order.storage, order.pending.save_id, ranks)
             commit.end_lease(order.pending.save_id)
-            own = word if isinstance(word, Exception) else error
-            order.pending.resolve(failure(order.pending.path, own, unheard=unheard))
+            order.pending.resolve(failure(order.pending.path, _cause(word, error, rank), unheard=unheard))
             return
         self._finish(order.report(verdict, rank_nbytes=rank_nbytes, alias=False))
 
@@ -258,7 +267,7 @@ class AliasJob(Job):
                 ranks = range(order.operation.world_size) if rank == 0 else [rank]
                 commit.abandon(order.storage, order.pending.save_id, ranks, also=self._linked)
             commit.end_lease(order.pending.save_id)
-            order.pending.resolve(failure(order.pending.path, error))
+            order.pending.resolve(failure(order.pending.path, _cause(word, error, rank)))
             return
         self._finish(order.report(verdict, rank_nbytes=0, alias=True))
 
