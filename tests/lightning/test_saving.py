@@ -260,6 +260,50 @@ def test_a_signal_during_a_save(tmp_path: Path, lightning: Any, Toy: Any, monkey
     assert toy.complete(tmp_path) == {"hpc_ckpt_1.ckpt", "outer.ckpt"}
 
 
+def test_a_signal_during_a_save_over_an_ordinary_file(
+    tmp_path: Path, lightning: Any, Toy: Any, monkeypatch: Any
+) -> None:
+    """A save inside another leaves alone what has made way for that one, and which save removals wait for."""
+    from shardckpt.saving import series
+
+    write = series.write
+    latest: list[Any] = []
+
+    class Saving(lightning.callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            io = trainer.strategy.checkpoint_io
+            if batch_idx == 1:
+                trainer.save_checkpoint(tmp_path / "before.ckpt")
+                latest.append(io._latest)
+            if batch_idx == 2:
+
+                def interrupted(*args: Any, **kwargs: Any) -> Any:
+                    monkeypatch.setattr(series, "write", write)
+                    trainer.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt")
+                    latest.append(io._latest)
+                    return write(*args, **kwargs)
+
+                monkeypatch.setattr(series, "write", interrupted)
+                trainer.save_checkpoint(tmp_path / "outer.ckpt")
+
+    (tmp_path / "outer.ckpt").write_bytes(b"ordinary")
+    toy.trainer(lightning, tmp_path, callbacks=[Saving()], max_epochs=1).fit(Toy(), toy.loader())
+    assert toy.complete(tmp_path) == {"before.ckpt", "hpc_ckpt_1.ckpt", "outer.ckpt"}
+    assert latest[0] is latest[1] is not None
+    assert not list(tmp_path.glob("*.replaced"))
+
+
+def test_a_removal_that_did_not_happen_can_be_asked_for_again() -> None:
+    """How a checkpoint was saved is still known after a removal was dropped because the save before it failed."""
+    from shardckpt.lightning.places import Places
+
+    places = Places({"a": 1})
+    places.wrote("memory://x/epoch=0.ckpt", {"b": 2})
+    places.removed("memory://x/epoch=0.ckpt")
+    assert places.options_for("memory://x/epoch=0.ckpt/") == {"a": 1, "b": 2}
+    assert places.options_for("memory://x/epoch=1.ckpt") == {"a": 1}
+
+
 def test_without_checkpointing_nothing_happens(tmp_path: Path, lightning: Any, Toy: Any) -> None:
     """``enable_checkpointing=False`` saves nothing, and the plugin costs nothing."""
     run = toy.trainer(lightning, tmp_path, enable_checkpointing=False, max_epochs=1)

@@ -16,7 +16,7 @@ from typing import Any, Final
 from torch import nn
 
 from shardckpt.errors import UsageError
-from shardckpt.lightning import agreement, fabric_state, flavours
+from shardckpt.lightning import fabric_state, flavours
 
 log = logging.getLogger(__name__)
 
@@ -144,18 +144,9 @@ def sharded(base: Any) -> Any:
             if not _is_ours(self.checkpoint_io):
                 return super().load_checkpoint(path, state, strict=strict, weights_only=weights_only)  # type: ignore[no-any-return]
             plugin = self.checkpoint_io
-
-            def decide() -> tuple[str, bool]:
-                text, _, is_ordinary = plugin.places.find(path)
-                return text, is_ordinary
-
-            text, is_ordinary = agreement.from_rank_zero(
-                "Fabric.load", decide, tuple[str, bool], timeout=plugin.timeout, before=plugin.wait
-            )
+            text, options, is_ordinary = plugin.find_together("Fabric.load", path)
             if not is_ordinary:
-                opened = plugin.checkpointer.open(
-                    text, storage_options=plugin.places.options_for(text), collective=True
-                )
+                opened = plugin.checkpointer.open(text, storage_options=options, collective=True)
                 return fabric_state.load(self, opened, state, strict, weights_only)
             if isinstance(state, dict) and state and fabric_state.knows_its_parts(text, state):
                 return fabric_state.load_ordinary(self, text, state, strict, weights_only)

@@ -21,17 +21,16 @@ def save(strategy: Any, path: Any, state: dict[str, Any], storage_options: Any |
     """Save on every rank, to the path that rank 0 was given; committed when it returns."""
     plugin = strategy.checkpoint_io
 
-    def decide() -> str:
-        text = checkpoint_path(path)
-        plugin.displaced.make_way(text)
-        return text
+    with plugin.displaced.making_way() as way:
 
-    text = agreement.from_rank_zero("Fabric.save", decide, str, timeout=plugin.timeout)
-    try:
+        def decide() -> str:
+            text = checkpoint_path(path)
+            way.make(text)
+            return text
+
+        text = agreement.from_rank_zero("Fabric.save", decide, str, timeout=plugin.timeout)
         chosen = agreement.on_all("Fabric.state", lambda: _to_save(strategy, state, filters), timeout=plugin.timeout)
         plugin.checkpointer.save(chosen, text, storage_options=storage_options)
-    finally:
-        plugin.displaced.settle(None)
     plugin.places.wrote(text, storage_options)
 
 

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import fsspec
@@ -120,6 +120,28 @@ def remove(path: str, storage_options: Mapping[str, Any] | None = None) -> None:
         log.debug("removed %s", path)
 
 
+class Way:
+    """What makes way for one save. ``pending`` is that save, where it goes on after its call, and None where not."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        self.pending: PendingSave | None = None
+
+    def make(self, path: str) -> None:
+        """Rename an ordinary checkpoint at ``path``, if there is one, so that ours has a directory of its own there."""
+        local = _local(path)
+        if local is None or os.path.islink(local):
+            return
+        if not _is_checkpoint(local) or is_checkpoint(path):
+            if _is_checkpoint(local + ASIDE):  # left by a job that died: to be deleted as if it had just been renamed
+                self.paths.append(local)
+        else:
+            _delete(local + ASIDE)  # an older one, in whose place this one was written since
+            os.replace(local, local + ASIDE)
+            self.paths.append(local)
+            log.info("%s is an ordinary checkpoint: kept as %s%s until the checkpoint is complete", path, local, ASIDE)
+
+
 class Displaced:
     """Ordinary checkpoints where sharded ones are written: each is kept until what replaces it is complete.
 
@@ -127,40 +149,35 @@ class Displaced:
     """
 
     def __init__(self) -> None:
-        self._new: list[str] = []
         self._waiting: list[tuple[str, PendingSave]] = []
 
-    def make_way(self, path: str) -> None:
-        """Rename an ordinary checkpoint at ``path``, if there is one, so that ours has a directory of its own there."""
-        local = _local(path)
-        if local is None or os.path.islink(local):
-            return
-        if not _is_checkpoint(local) or is_checkpoint(path):
-            if _is_checkpoint(local + ASIDE):  # left by a job that died: to be deleted as if it had just been renamed
-                self._new.append(local)
-        else:
-            _delete(local + ASIDE)  # an older one, in whose place this one was written since
-            os.replace(local, local + ASIDE)
-            self._new.append(local)
-            log.info("%s is an ordinary checkpoint: kept as %s%s until the checkpoint is complete", path, local, ASIDE)
+    @contextlib.contextmanager
+    def making_way(self) -> Iterator[Way]:
+        """Encloses one save, which one that a signal handler makes may interrupt: each sees to what made way for it."""
+        way = Way()
+        try:
+            yield way
+        finally:
+            if way.pending is None:
+                _conclude(way.paths)
+            else:
+                self._waiting += [(path, way.pending) for path in way.paths]
+            self.settle()
 
-    def settle(self, pending: PendingSave | None) -> None:
-        """Delete those whose replacement is complete, and put those back whose replacement failed.
-
-        ``pending`` is the save for which they made way since the last call; None says that it is over.
-        """
-        if pending is not None:
-            self._waiting += [(path, pending) for path in self._new]
-            self._new = []
-        over = [path for path, save in self._waiting if save.done()] + self._new
+    def settle(self) -> None:
+        """Delete those whose replacement is complete, and put those back whose replacement failed."""
+        over = [path for path, save in self._waiting if save.done()]
         self._waiting = [(path, save) for path, save in self._waiting if not save.done()]
-        self._new = []
-        for path in over:
-            with contextlib.suppress(FileNotFoundError):  # two saves in a row to one path, and the first saw to it
-                if is_checkpoint(path):
-                    _delete(path + ASIDE)
-                elif not os.path.lexists(path):
-                    os.replace(path + ASIDE, path)
+        _conclude(over)
+
+
+def _conclude(paths: list[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # two saves in a row to one path, and the first saw to it
+            if is_checkpoint(path):
+                _delete(path + ASIDE)
+            elif not os.path.lexists(path):
+                os.replace(path + ASIDE, path)
 
 
 def _delete(local: str) -> None:

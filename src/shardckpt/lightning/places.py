@@ -14,19 +14,24 @@ class Places:
 
     def __init__(self, storage_options: Mapping[str, Any] | None) -> None:
         self._storage_options = storage_options or {}
-        self._written: dict[str, Mapping[str, Any] | None] = {}
+        self._options: dict[str, Mapping[str, Any]] = {}
+        self._written: set[str] = set()
 
     def wrote(self, path: str, storage_options: Mapping[str, Any] | None) -> None:
         """Note that this process has saved to ``path``, and with what options of the call."""
-        self._written[_key(path)] = storage_options
+        self._written.add(_key(path))
+        self._options[_key(path)] = storage_options or {}
 
     def removed(self, path: str) -> None:
-        """Note that what was saved to ``path`` is gone, or will be."""
-        self._written.pop(_key(path), None)
+        """Note that what was saved to ``path`` is gone, or will be, unless the save that is to replace it fails.
+
+        With which options it was saved is remembered: it may have to be removed again.
+        """
+        self._written.discard(_key(path))
 
     def options_for(self, path: str) -> dict[str, Any]:
         """The storage options for ``path``: the plugin's, and those of the call that saved it in this process."""
-        return {**self._storage_options, **(self._written.get(_key(path)) or {})}
+        return {**self._storage_options, **self._options.get(_key(path), {})}
 
     def has_ours(self, path: str) -> bool:
         """Whether a sharded checkpoint is at ``path``, or will be once the save in flight is committed."""

@@ -8,10 +8,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,11 +20,11 @@ from shardckpt.checkpointer import Checkpointer
 from shardckpt.commit import checkpoint_path
 from shardckpt.errors import SaveFailedError, UsageError
 from shardckpt.lightning import agreement, fabric, flavours, from_checkpoint, model_checkpoint, ordinary, restore
+from shardckpt.lightning.every_rank import save
 from shardckpt.lightning.lazy import plain
 from shardckpt.lightning.living import living
 from shardckpt.lightning.places import Places
-from shardckpt.lightning.sharing import Running, Twins
-from shardckpt.lightning.snapshot import Layout, layout_of, share_of, split_off
+from shardckpt.lightning.sharing import Nesting, Running, Twins
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO as _CheckpointIO
@@ -33,13 +32,6 @@ else:
     _CheckpointIO = flavours.main().checkpoint_io()
 
 log = logging.getLogger(__name__)
-
-
-class _Destination(msgspec.Struct):
-    """Rank 0's decision, which all ranks follow, since their own metrics may have given another file name."""
-
-    path: str
-    layout: Layout
 
 
 class ShardedCheckpointIO(_CheckpointIO):
@@ -67,7 +59,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         self._checkpointer: Checkpointer | None = None
         self._pid = os.getpid()
         self._is_bound = False
-        self._is_saving = False
+        self._nesting = Nesting()
         self._quiet = False
         self._warned = False
         self._latest: PendingSave | None = None
@@ -130,14 +122,10 @@ class ShardedCheckpointIO(_CheckpointIO):
                 world_size,
             )
         text = checkpoint_path(path)
-        self.displaced.make_way(text)
-        alone = self._make(alone=True)
-        try:
+        with self.displaced.making_way() as way, closing(self._make(alone=True)) as alone:
+            way.make(text)
             state = plain(checkpoint)  # a state dict as it is: the versions of its modules are an attribute of it
             alone.save(state if isinstance(state, dict) else dict(state), text, storage_options=storage_options)
-        finally:
-            alone.close()
-            self.displaced.settle(None)
         self.places.wrote(text, storage_options)
 
     def load_checkpoint(  # type: ignore[override]  # what it returns is that of the documented contract
@@ -168,14 +156,11 @@ class ShardedCheckpointIO(_CheckpointIO):
         if is_ordinary:
             loaded: dict[str, Any] | None = ordinary.load(text, map_location, weights_only, options)
             return loaded
-        alone = self._make(alone=True)
-        try:
+        with closing(self._make(alone=True)) as alone:
             opened = alone.open(text, storage_options=options)
             reading = restore.Reading(opened, "cpu" if map_location is None else map_location, weights_only)
             restored: dict[str, Any] | None = reading.everything() if state is None else reading.into(state)
             return restored
-        finally:
-            alone.close()
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint, once the save in flight is committed; if that fails, the older one is kept.
@@ -213,7 +198,7 @@ class ShardedCheckpointIO(_CheckpointIO):
             log.error("a checkpoint was not saved: %s", error)
         finally:
             self._latest = None
-            self.displaced.settle(None)
+            self.displaced.settle()
 
     # -- called by the binding, on every rank -------------------------------------------------------------------------
 
@@ -230,52 +215,41 @@ class ShardedCheckpointIO(_CheckpointIO):
         an emergency that one is only logged, and after an exception nothing is raised.
         """
         self._is_bound = True
-        if running.emergency and not self._is_saving:
+        with self._nesting.another() as interrupts:
+            if running.emergency and not interrupts:
+                try:
+                    self.wait()
+                except SaveFailedError as error:
+                    log.error("a checkpoint was not saved: %s", error)
             try:
-                self.wait()
-            except SaveFailedError as error:
-                log.error("a checkpoint was not saved: %s", error)
-        try:
-            self._save_from_every_rank(checkpoint, path, storage_options, running)
-        except Exception as error:
-            if not running.interrupted:
-                raise
-            log.error("the checkpoint %s was not saved: %s", path, error, exc_info=error)
+                if interrupts:
+                    # What it interrupts goes on after it: so it waits for nothing of that, and changes nothing of it.
+                    with closing(self._make(alone=False)) as own:
+                        self._save(own, checkpoint, path, storage_options, running._replace(asynchronous=False))
+                else:
+                    self._latest = self._save(self.checkpointer, checkpoint, path, storage_options, running)
+            except Exception as error:
+                if not running.interrupted:
+                    raise
+                log.error("the checkpoint %s was not saved: %s", path, error, exc_info=error)
 
-    def _save_from_every_rank(
-        self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any | None, running: Running
-    ) -> None:
-        rank, _ = coordinator.rank_and_world_size()
-        state = split_off(checkpoint, running.produced)
-
-        def decide() -> _Destination:
-            text = checkpoint_path(path)
-            self.displaced.make_way(text)
-            return _Destination(text, layout_of(state) if running.replicas_agree else {})
-
-        decision = agreement.from_rank_zero("Trainer.save_checkpoint", decide, _Destination, timeout=self.timeout)
-        pending = None
-        # A signal handler may save while its thread is in here: it cannot wait for what it interrupts.
-        interrupts, self._is_saving = self._is_saving, True
-        try:
-            if rank != 0:
-                state = share_of(state, decision.layout, with_buffers=bool(self._options.get("replicated")))
-            version = self.twins.version(checkpoint, running.position, may_share=running.asynchronous)
-            if interrupts:
-                self._make(alone=False).save(state, decision.path, storage_options=storage_options)
-            elif running.asynchronous:
-                pending = self.checkpointer.async_save(
-                    state, decision.path, storage_options=storage_options, state_version=version
-                )
-            else:
-                self.checkpointer.save(state, decision.path, storage_options=storage_options, state_version=version)
-        finally:
-            self._is_saving = interrupts
-            self._latest = pending
-            self.displaced.settle(pending)
-        self.places.wrote(decision.path, storage_options)
-        if rank == 0:
-            model_checkpoint.forget_listing(decision.path, self.places.options_for(decision.path))
+    def _save(
+        self, engine: Checkpointer, checkpoint: Mapping[str, Any], path: Any, options: Any | None, running: Running
+    ) -> PendingSave | None:
+        text, pending = save(
+            engine,
+            checkpoint,
+            path,
+            options,
+            running,
+            displaced=self.displaced,
+            twins=self.twins,
+            with_buffers=bool(self._options.get("replicated")),
+            timeout=self.timeout,
+        )
+        self.places.wrote(text, options)
+        model_checkpoint.forget_listing(text, self.places.options_for(text))
+        return pending
 
     def load_lazily(
         self,
@@ -290,15 +264,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         ``otherwise`` is how the strategy itself loads a directory of DCP files. An ordinary local file is ``mapped``
         into memory for those that need only a part of each tensor in it.
         """
-
-        def decide() -> tuple[str, bool]:
-            text, _, is_ordinary = self.places.find(path)
-            return text, is_ordinary
-
-        text, is_ordinary = agreement.from_rank_zero(
-            "Trainer.load_checkpoint", decide, tuple[str, bool], timeout=self.timeout, before=self.wait
-        )
-        options = self.places.options_for(text)
+        text, options, is_ordinary = self.find_together("Trainer.load_checkpoint", path)
         if is_ordinary and otherwise is not None and ordinary.is_directory(text):
             return otherwise(text)
         if is_ordinary:
@@ -310,6 +276,13 @@ class ShardedCheckpointIO(_CheckpointIO):
         opened = self.checkpointer.open(text, storage_options=options, collective=True)
         reading = restore.Reading(opened, "cpu", weights_only)
         return agreement.on_all("Trainer.read_checkpoint", reading.lazily, timeout=self.timeout)
+
+    def find_together(self, call: str, path: Any) -> tuple[str, dict[str, Any], bool]:
+        """As `Places.find`, once no save is in flight: what rank 0 finds, on every rank."""
+        text, is_ordinary = agreement.from_rank_zero(
+            call, lambda: self.places.find(path)[::2], tuple[str, bool], timeout=self.timeout, before=self.wait
+        )
+        return text, self.places.options_for(text), is_ordinary
 
     @contextmanager
     def tearing_down(self, *, interrupted: bool) -> Iterator[None]:

@@ -1,6 +1,6 @@
-"""In what circumstances a checkpoint is saved, and which two of them may share their shards.
+"""In what circumstances a checkpoint is saved: inside another save, or directly after one whose shards it may share.
 
-The two are the one that ``ModelCheckpoint`` makes and its ``last`` directly after.
+These two are the one that ``ModelCheckpoint`` makes and its ``last`` directly after.
 """
 
 from collections.abc import Hashable, Iterator, Mapping
@@ -24,6 +24,25 @@ class Running(NamedTuple):
     """Whether an exception ends the run, which no other may take the place of."""
     replicas_agree: bool
     """Whether parameters are equal on all ranks, so that each may write a part of them."""
+
+
+class Nesting:
+    """Knows which save was called while its own thread was in another, and so by a signal handler.
+
+    Whatever it interrupts is half done, holds locks, perhaps, and does not go on before it returns.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+
+    @contextmanager
+    def another(self) -> Iterator[bool]:
+        """Encloses a save, and tells whether it interrupts another."""
+        self._depth += 1
+        try:
+            yield self._depth > 1
+        finally:
+            self._depth -= 1
 
 
 class _First(NamedTuple):
