@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -67,6 +68,33 @@ def test_blocks_are_reused(pool: StagingPool) -> None:
     for _ in range(3):
         staged([source("a", tensor)], pool)
         assert pool.nbytes == BLOCK
+
+
+def test_a_pool_that_nobody_has_is_not_warmed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Checkpointer that is dropped beside its warming takes its memory along, however much was to come."""
+    asked, go_on = threading.Event(), threading.Event()
+    mapped: list[int] = []
+    map_arena = memory._map_arena
+
+    def slow() -> list[Block]:
+        mapped.append(1)
+        asked.set()
+        assert go_on.wait(60)
+        return map_arena()
+
+    monkeypatch.setattr(memory, "ARENA_BLOCKS", 1)
+    monkeypatch.setattr(memory, "_map_arena", slow)
+    engine = Checkpointer()
+    pool = weakref.ref(engine._pool)
+    engine._pool.warm(8 * BLOCK)
+    assert asked.wait(60)
+    del engine
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "shardckpt-warm":
+            thread.join()
+    assert pool() is None
+    assert len(mapped) == 1
 
 
 def test_reserve_touches_ahead(pool: StagingPool) -> None:

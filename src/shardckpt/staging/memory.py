@@ -134,15 +134,27 @@ class StagingPool:
 
         It ends early when the pool is closed, or the main thread has ended and others only wait for this one.
         """
-        while threading.main_thread().is_alive() and (block := self._touch_another(blocks_for(nbytes))) is not None:
+        while self.reserve_another(nbytes):
+            pass
+
+    def reserve_another(self, nbytes: int) -> bool:
+        """One block more towards `nbytes`; whether there is more to do."""
+        block = self._touch_another(blocks_for(nbytes)) if threading.main_thread().is_alive() else None
+        if block is not None:
             self.give(block)
+        return block is not None
 
     def warm(self, nbytes: int) -> None:
-        """`reserve` in the background. Where memory or a thread can't be had, whoever comes to need it is told."""
+        """`reserve` in the background. Where memory or a thread can't be had, whoever comes to need it is told.
+
+        It ends early, too, once nobody else has the pool.
+        """
+        found = weakref.ref(self)
 
         def run() -> None:
             with suppress(OSError):
-                self.reserve(nbytes)
+                while (pool := found()) is not None and pool.reserve_another(nbytes):
+                    del pool
 
         # No daemon: torch, in which it is nearly always, aborts the process that ends under it.
         with suppress(RuntimeError):
