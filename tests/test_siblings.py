@@ -19,8 +19,8 @@ def open_mpi(rank: int, position: int, size: int) -> Said:
     return {f"OMPI_COMM_WORLD_{n}": f"{v}" for n, v in (("RANK", rank), ("LOCAL_RANK", position), ("LOCAL_SIZE", size))}
 
 
-def slurm(rank: int, position: int, node: int, tasks: str) -> Said:
-    found = {"PROCID": f"{rank}", "LOCALID": f"{position}", "NODEID": f"{node}", "STEP_TASKS_PER_NODE": tasks}
+def slurm(rank: int, position: int, node: int, tasks: str, **more: str) -> Said:
+    found = {"PROCID": f"{rank}", "LOCALID": f"{position}", "NODEID": f"{node}", "STEP_TASKS_PER_NODE": tasks} | more
     return {f"SLURM_{name}": text for name, text in found.items()}
 
 
@@ -58,6 +58,10 @@ def told(monkeypatch: pytest.MonkeyPatch, said: Said, group: tuple[int, int] | N
         # Launchers within launchers: the inner one has started this process.
         (slurm(0, 0, 0, "1(x2)") | torchrun(3, 3, 4), (3, 8), (3, 4), 16),
         (slurm(0, 0, 0, "1(x2)") | open_mpi(3, 3, 4), (3, 8), (3, 4), 16),
+        (slurm(9, 1, 2, "4(x2),2", STEP_NUM_TASKS="10"), (9, 10), (1, 2), 32),
+        # One task, or one for each node, has started the ranks itself: each gets as many cores as the others.
+        *((slurm(0, 0, 0, "1", STEP_NUM_TASKS="1"), (rank, 4), (rank, 4), 16) for rank in range(4)),
+        *((slurm(1, 0, 1, "1(x2)", STEP_NUM_TASKS="2"), (rank, 8), (rank, 8), 8) for rank in range(8)),
         # One process of a batch job that asked for four.
         ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS_PER_NODE": "4"}, None, None, 64),
     ],

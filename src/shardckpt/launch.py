@@ -9,12 +9,13 @@ import torch.distributed as dist
 from shardckpt.errors import UsageError
 
 _SAID: Final = (
-    ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI's mpirun
-    ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # mpiexec of MPICH and Intel MPI
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),  # srun
+    ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"),  # torchrun
+    # Open MPI's mpirun
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_SIZE"),  # mpiexec of MPICH and Intel MPI
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"),  # srun
 )
-"""Where launchers say which rank this is, which of those on its host, and how many these are.
+"""Where launchers say which rank this is, which of those on its host, how many these are, and how many in all.
 
 One may have been started by another, so the order counts. Not Slurm's SLURM_NTASKS_PER_NODE: a batch script of one
 process has it too.
@@ -51,12 +52,15 @@ def _has_group() -> bool:
 def _ranks_here() -> tuple[int, int] | None:
     """Which of how many ranks on this host this is, as the launcher says; None where none says, or it can't be so."""
     for names in _SAID:
-        rank, position, size = (_number(os.environ.get(name, "")) for name in names)
+        rank, position, size, total = (_number(os.environ.get(name, "")) for name in names)
         if position is None or size is None or position >= size:
             continue
-        # A process that a rank has started has its environment, and may be another rank of another group.
-        if _has_group() and (size > dist.get_world_size() or rank not in (None, dist.get_rank())):
-            continue
+        # A process that a rank has started has its environment, and may be another rank of another group. One that has
+        # started the others itself may have its own rank in theirs by chance, so their number counts.
+        if _has_group():
+            world_size = dist.get_world_size()
+            if size > world_size or total not in (None, world_size) or rank not in (None, dist.get_rank()):
+                continue
         return position, size
     return None
 
