@@ -20,6 +20,8 @@ _SAMPLES = 8
 """Pages by which a stretch of a file is judged to be in the page cache."""
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _CAP_FOWNER = 3
+_ALL_USERS = ["0", "0", str(2**32 - 1)]
+"""The map of user ids outside of any user namespace."""
 
 # What a file system answers when it cannot reserve space or bypass the page cache, rather than failing at it.
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY, errno.ENODEV}
@@ -149,10 +151,25 @@ def is_resident(descriptor: int, offset: int, nbytes: int) -> bool:
 def _is_told(descriptor: int) -> bool:
     """Whether the kernel tells this process what the page cache has of a file; of others it says that all is there.
 
-    Since Linux 5.2 it tells the owner, who may act as one, and who may write to the file.
+    Since Linux 5.2 it tells the owner, who may act as one, and who may write to the file. In a container with users of
+    its own, all others' files seem to be one user's, as whom nobody in there may act.
     """
-    owner = os.fstat(descriptor).st_uid == os.geteuid()
-    return owner or _acts_as_owner() or os.access(f"/proc/self/fd/{descriptor}", os.W_OK, effective_ids=True)
+    uid = os.fstat(descriptor).st_uid
+    owner = uid != _nobody() and (uid == os.geteuid() or _acts_as_owner())
+    return owner or os.access(f"/proc/self/fd/{descriptor}", os.W_OK, effective_ids=True)
+
+
+@cache
+def _nobody() -> int | None:
+    """The user that files seem to belong to whose owner has no name here; None where every user has one."""
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as names:
+            if names.read().split() == _ALL_USERS:
+                return None
+        with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):  # not Linux, or a kernel without user namespaces
+        return None
 
 
 @cache
@@ -161,9 +178,9 @@ def _acts_as_owner() -> bool:
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             effective = next((line.split()[1] for line in file if line.startswith("CapEff:")), "0")
-    except OSError:
+        return bool(int(effective, 16) >> _CAP_FOWNER & 1)
+    except (OSError, ValueError, IndexError):  # a sandbox may show what it likes
         return False
-    return bool(int(effective, 16) >> _CAP_FOWNER & 1)
 
 
 @cache
