@@ -31,6 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "indexing",
             "relocation",
             "retention",
+            "safety",
         }
     ),
     frozenset({"state", "planner", "coordinator"}),

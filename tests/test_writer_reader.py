@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import safetensors
@@ -27,6 +28,7 @@ from shardckpt.filenames import rank_manifest_name, shard_name
 from shardckpt.manifest import Manifest, decode_rank_manifest, encode
 from shardckpt.planner import Wanted
 from shardckpt.reader import Reading, ReadPlan, ReadStats, Target, read_bytes
+from shardckpt.reader import targets as reader_targets
 from shardckpt.reader.fetch import cells_of, union
 from shardckpt.staging import Source, StagingPool, copyable, stage
 from shardckpt.storage import BLOCK, LocalStorage, Storage
@@ -56,10 +58,20 @@ def plan_of(manifest: Manifest, storage: Storage, targets: Sequence[Target]) -> 
     return ReadPlan(manifest, storage, [Wanted(target.fqn, target.box) for target in targets])
 
 
-def read_targets(manifest: Manifest, storage: Storage, targets: Sequence[Target], **options: Any) -> ReadStats:
-    """Plan and read at once."""
-    reading = Reading(plan_of(manifest, storage, targets), targets, **options)
-    reading.alone()
+def read_targets(
+    manifest: Manifest,
+    storage: Storage,
+    found: Sequence[Target],
+    *,
+    threads: int | None = None,
+    read_memory: int = reader_targets.READ_MEMORY,
+    **options: Any,
+) -> ReadStats:
+    """Plan and read at once, by so many threads, through so many bytes of memory."""
+    width = storage.width if threads is None else threads
+    with mock.patch.object(storage, "width", width), mock.patch.object(reader_targets, "READ_MEMORY", read_memory):
+        reading = Reading(plan_of(manifest, storage, found), found, **options)
+        reading.alone()
     return reading.stats
 
 

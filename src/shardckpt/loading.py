@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,11 +16,9 @@ from shardckpt.codecs import torch_dtype
 from shardckpt.coordinator import Operation, turn
 from shardckpt.errors import (
     CorruptCheckpointError,
-    LoadFailedError,
     ObjectNotFoundError,
     ShardckptError,
     TensorNotFoundError,
-    first_line,
 )
 from shardckpt.garbage import held_off
 from shardckpt.indexing import Index, select
@@ -31,6 +28,7 @@ from shardckpt.planner import Wanted
 from shardckpt.reader import Reading, ReadPlan, ReadStats, Target, opening, read_object, read_together
 from shardckpt.relocation import MapLocation, relocation
 from shardckpt.reports import LoadReport
+from shardckpt.safety import enough_memory, telling
 from shardckpt.staging import StagingPool
 from shardckpt.state import (
     Differences,
@@ -181,13 +179,13 @@ class OpenCheckpoint:
                 per_rank = self._resize(match, map_location, weights_only, stats)
         others_may_have = operation.world_size > 1
         # What was placed while reading may be in new tensors only, which nobody has seen.
-        telling = _telling(self.path, lambda: (stats.placing and bool(match.targets)) or others_may_have)
-        with turn(operation, "restore", self._patience), telling:
+        safely = telling(self.path, lambda: (stats.placing and bool(match.targets)) or others_may_have)
+        with turn(operation, "restore", self._patience), safely:
             read_together(reading, checked.heard, operation, patience=self._patience)
             del reading  # it holds what was read, of which `settle` may make copies elsewhere
             match.settle()
         # In a turn of its own: a module's loading code may hold collectives, and wait for a rank that could not read.
-        with turn(operation, "place", self._patience), _telling(self.path, lambda: True):
+        with turn(operation, "place", self._patience), telling(self.path, lambda: True):
             place()
         if not strict and self.manifest.tensors and not match.restored:
             log.warning(
@@ -231,7 +229,7 @@ class OpenCheckpoint:
         box, within = select(index, entry.shape, name)
         plan = ReadPlan(self.manifest, self.storage, [Wanted(name, box)])
         plan.check()
-        with self._enough_memory():
+        with enough_memory(self.path):
             tensor = torch.empty(box.lengths, dtype=torch_dtype(entry.dtype), device="cpu")
         Reading(plan, [Target(name, box, tensor)], pool=self._pool).alone()
         # What lies between the steps of a slice is not kept.
@@ -309,49 +307,18 @@ class OpenCheckpoint:
         plan = ReadPlan(self.manifest, self.storage, known)
         # What isn't there needs no memory.
         plan.check()
-        with self._enough_memory(), held_off():
+        with enough_memory(self.path), held_off():
             tensors = match.allocate()
             targets = [Target(t.fqn, box, view) for t in tensors for box, view in zip(t.boxes, t.views, strict=True)]
         plan.add([Wanted(target.fqn, target.box) for target in targets[len(known) :]])
         plan.check()
         return Reading(plan, targets, pool=self._pool, convert_dtype=convert_dtype, stats=stats)
 
-    @contextmanager
-    def _enough_memory(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            raise LoadFailedError(
-                f"{self.path}: no memory for what is to be restored: {first_line(error)}. Nothing was changed."
-            ) from error
-
     def _read_objects(self, match: Match, map_location: MapLocation, weights_only: bool | None) -> None:
         for path in match.objects:
             match.objects[path] = read_object(
                 self.path, self.manifest, self.storage, path, map_location=map_location, weights_only=weights_only
             )
-
-
-@contextmanager
-def _telling(path: str, changed: Callable[[], bool]) -> Iterator[None]:
-    """Have what is raised say whether something may have been changed."""
-    try:
-        yield
-    except Exception as error:
-        raise _with_safety(error, path, changed=changed()) from error
-
-
-def _with_safety(error: Exception, path: str, *, changed: bool) -> Exception:
-    safety = (
-        "The live state may be partly restored: load a checkpoint again before training on."
-        if changed
-        else "Nothing was changed."
-    )
-    if isinstance(error, ShardckptError):
-        told = type(error)(f"{error} {safety}")
-    else:
-        told = LoadFailedError(f"the load of {path} failed: {type(error).__name__}: {error}. {safety}")
-    return told
 
 
 def overwritten(opened: OpenCheckpoint, error: Exception) -> bool:

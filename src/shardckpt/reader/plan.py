@@ -65,13 +65,13 @@ class ReadPlan:
             raise StateMismatchError(f"the checkpoint at {self.storage.url} has no tensor {fqn!r}")
         return name
 
-    def check(self, *, threads: int | None = None) -> None:
+    def check(self) -> None:
         """Raise CorruptCheckpointError for files that are missing or of the wrong size; reads none.
 
         Files that have been checked are not looked at again.
         """
         files = self.files[self._checked :]
-        for_each(files, ShardFile.check, threads=threads or self.storage.width, name="check")
+        for_each(files, ShardFile.check, threads=self.storage.width, name="check")
         self._checked += len(files)
 
     def sample(self) -> list[int]:

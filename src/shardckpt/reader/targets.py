@@ -27,7 +27,7 @@ from shardckpt.storage import BLOCK, Read
 from shardckpt.workers import for_each
 
 READ_MEMORY: Final = 256 << 20
-"""Bytes of bounce buffers that one read may hold unless the caller says otherwise."""
+"""Bytes of bounce buffers that one read may hold."""
 MIN_RANGE: Final = 1 << 20
 """Bytes below which a range is not cut further, so that more threads could read at the same time."""
 CACHED_STEP: Final = 4 << 20
@@ -77,16 +77,13 @@ class Reading:
         targets: Sequence[Target],
         *,
         pool: StagingPool,
-        threads: int | None = None,
-        read_memory: int = READ_MEMORY,
         convert_dtype: bool = False,
         stats: ReadStats | None = None,
     ) -> None:
         """Targets are as many as the plan has for, in its order; they are filled through memory of `pool`.
 
-        At most `read_memory` bytes of it are used, but always one block; by `threads`, or as many as the storage is
-        wide. Raises StateMismatchError where the checkpoint has a target's tensor in another dtype and `convert_dtype`
-        is False; changing a complex dtype to a real one is always refused.
+        Raises StateMismatchError where the checkpoint has a target's tensor in another dtype and `convert_dtype` is
+        False; changing a complex dtype to a real one is always refused.
         """
         same = [(target.fqn, target.box) for target in targets] == [(fqn, box) for fqn, box in plan.wanted]
         assert same, "the plan is for these targets"
@@ -98,8 +95,8 @@ class Reading:
         self.manifest = plan.manifest
         self.pool = pool
         self.stats = ReadStats() if stats is None else stats
-        self.threads = threads or plan.storage.width
-        self._budget = Budget(pool, read_memory)
+        self.threads = plan.storage.width
+        self._budget = Budget(pool, READ_MEMORY)
         with self.mode():
             for target in targets:
                 _check_target(self.manifest, target, convert_dtype)
@@ -186,7 +183,7 @@ class Reading:
         return files
 
     def _open(self, files: Sequence[ShardFile]) -> None:
-        self.plan.check(threads=self.threads)
+        self.plan.check()
         for_each([file for file in files if not file.extents], self._open_one, threads=self.threads, name="open")
 
     def _open_one(self, file: ShardFile) -> None:
