@@ -1,5 +1,6 @@
 """What the ranks do in the multi-rank tests of the commit: one rank's storage or code fails at the worst moment."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.distributed as dist
 import shardckpt
 from shardckpt import Checkpointer
 from shardckpt import checkpointer as module
-from shardckpt.saving import halves, jobs
+from shardckpt.saving import halves, jobs, series
 from shardckpt.storage import Storage
 from storage.wrappers import WrapperStorage
 
@@ -147,6 +148,33 @@ def one_failure_after_the_other(rank: int, path: str) -> dict[str, Any]:
         return save_beside(rank, path, rank, _OfThat if rank else _First)
     finally:
         jobs.commit.abandon = abandon
+
+
+def interrupted_before_its_job(rank: int, path: str, interrupted: int) -> tuple[str, float, float, int]:
+    """Ctrl-C on one rank directly after all have agreed to save: what this rank hears, how soon, and what is left."""
+    engine = Checkpointer(timeout=30, commit_timeout=60)
+    engine.save({"w": torch.ones(3)}, path)
+    order = series.Order
+
+    def interrupt(**_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    told, started = "", time.monotonic()
+    if rank == interrupted:
+        series.Order = interrupt  # type: ignore[assignment, misc]
+    try:
+        engine.save({"w": torch.zeros(3)}, path)
+    except (KeyboardInterrupt, shardckpt.SaveFailedError) as error:
+        told = f"{type(error).__name__}: {error}"
+    finally:
+        series.Order = order  # type: ignore[misc]
+    seconds = time.monotonic() - started
+    dist.barrier()
+    kept = shardckpt.load(path)["w"].sum().item()
+    dist.barrier()
+    engine.save({"w": torch.zeros(3)}, path)
+    dist.barrier()
+    return told, seconds, kept, len(os.listdir(path))
 
 
 class _Bug:

@@ -55,6 +55,21 @@ def test_the_cause_is_what_failed_first(tmp_path):
         assert (told["sum"], told["after"]) == (OLD, AFTER)
 
 
+@pytest.mark.parametrize("interrupted", (0, 1))
+def test_an_interrupt_between_agreement_and_job_is_told(tmp_path, interrupted):
+    """Ctrl-C in the one moment in which a rank is counted on and has no job yet does not leave the others waiting."""
+    case = commit_cases.interrupted_before_its_job
+    for rank, (told, seconds, kept, files) in enumerate(ranks.world(2).run(case, str(tmp_path / "ck"), interrupted)):
+        if rank == interrupted:
+            assert told.startswith("KeyboardInterrupt")
+        else:
+            assert told.startswith("SaveFailedError")
+            assert "interrupted by KeyboardInterrupt" in told
+        assert seconds < 30
+        assert kept == 3
+        assert files == 5
+
+
 def test_a_users_bug_on_one_rank_ends_the_load_on_all(tmp_path):
     """An error that is none of ours on one rank is every rank's at once, says what was changed, and leaves no hang."""
     for rank, (kind, message, seconds) in enumerate(

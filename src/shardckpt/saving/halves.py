@@ -33,7 +33,7 @@ def write(
     memory: int | None,
     stepped: Stepped | None,
     submit: Callable[[SaveJob], None],
-) -> SaveJob:
+) -> None:
     """Stage this rank's part, and have ``submit`` run the job that writes it; return once the state may change.
 
     ``memory`` is how many bytes of ``pool`` may be held, None for no limit. Where that, and what the pool has touched
@@ -72,7 +72,7 @@ def write(
         order.pending.mark_staged()
         if not isinstance(error, Exception):
             raise
-        return job
+        return
     overlap = None
     try:
         with _telling(writer):
@@ -86,7 +86,6 @@ def write(
             order.pending.mark_staged()
     if overlap is None:
         staging.warm()
-    return job
 
 
 def bytes_to_hold(nbytes: int, memory: int | None) -> int:

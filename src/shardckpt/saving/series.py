@@ -5,7 +5,8 @@ where their plan is not known to be good; and of the place. The rest is `write`'
 """
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import msgspec
 from shardckpt import commit
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, turn
+from shardckpt.errors import RemoteError
 from shardckpt.options import Path, SaveOptions
 from shardckpt.saving.halves import write
 from shardckpt.saving.jobs import AliasJob, Job, Order
@@ -122,29 +124,35 @@ class Series:
                 previous = commit.open_place(storage, save_id, needed, shares=source.shards_of if source else None)
                 placing.word = save_id.encode()
                 placing.undo = lambda: commit.abandon(storage, save_id, [0])
-        pending = PendingSave(path, placing.heard[0].decode())
-        order = Order(
-            pending=pending,
-            operation=operation,
-            storage=storage,
-            structure=structure,
-            speaks=speaking,
-            skeleton=flat.skeleton,
-            objects=flat.objects,
-            own=own,
-            previous=previous,
-            commit_timeout=self._commit_timeout,
-            called=request.called,
-            owner=self._background,
-        )
-        if source is None:
-            codec, memory = request.options.codec, request.memory
-            job: Job = write(order, flat, codec, pool=pool, memory=memory, stepped=stepped, submit=self.queue.submit)
-        else:
-            pending.share_staging(source.order.pending)
-            job = AliasJob(order, source)
-            self.queue.submit(job)
-        self._last = Last(job, request.version, _own_structure(flat))
+        with _owing(operation, placing.undo) as begun:
+
+            def submit(job: Job) -> None:
+                begun.append(job)
+                self.queue.submit(job)
+
+            pending = PendingSave(path, placing.heard[0].decode())
+            order = Order(
+                pending=pending,
+                operation=operation,
+                storage=storage,
+                structure=structure,
+                speaks=speaking,
+                skeleton=flat.skeleton,
+                objects=flat.objects,
+                own=own,
+                previous=previous,
+                commit_timeout=self._commit_timeout,
+                called=request.called,
+                owner=self._background,
+            )
+            if source is None:
+                write(
+                    order, flat, request.options.codec, pool=pool, memory=request.memory, stepped=stepped, submit=submit
+                )
+            else:
+                pending.share_staging(source.order.pending)
+                submit(AliasJob(order, source))
+        self._last = Last(begun[0], request.version, _own_structure(flat))
         pending.add_stall(time.monotonic() - request.called)
         return pending
 
@@ -191,6 +199,22 @@ class Series:
             self._structure = plan(descriptions, openings, rank)
         assert self._structure is not None, "it is known, or has just been planned"
         return self._structure
+
+
+@contextmanager
+def _owing(operation: Operation, undo: Callable[[], None]) -> Iterator[list[Job]]:
+    """Encloses what this rank does while the others wait for its word, which a job says once there is one.
+
+    Before, it is said here: an interrupt would leave them waiting. ``undo`` takes back what this rank has done.
+    """
+    begun: list[Job] = []
+    try:
+        yield begun
+    except BaseException as error:
+        if not begun:
+            operation.fail("written", RemoteError(f"interrupted by {type(error).__name__}"))
+            undo()
+        raise
 
 
 def flatten_selected(state: Any, chosen: SaveOptions, rank: int) -> Flattened:
