@@ -372,7 +372,7 @@ skeletons = st.recursive(
 def test_a_skeleton_that_is_accepted_can_be_restored(skeleton):
     """Nothing that the check lets pass makes the code behind it stumble: it is refused by name, or becomes a value."""
     from shardckpt.relocation import relocation
-    from shardckpt.state.match import Match
+    from shardckpt.state import Maker
 
     found = manifest(state={"s": skeleton, "p": {"$per_rank": "p"}}, per_rank={"p": {0: skeleton}})
     try:
@@ -380,10 +380,10 @@ def test_a_skeleton_that_is_accepted_can_be_restored(skeleton):
     except CorruptCheckpointError as error:
         assert WHERE in str(error)
         return
-    match = Match(found, parameters={}, convert_dtype=False, strict=True, relocate=relocation(None), here=None)
-    value = match.new(found.state, "")
-    match.objects = dict.fromkeys(match.objects, "object")
-    for fresh in match.fresh:
+    maker = Maker(found, relocation(None))
+    value = maker.new(found.state, "")
+    maker.objects = dict.fromkeys(maker.objects, "object")
+    for fresh in maker.fresh:
         fresh.tensor = torch.zeros(fresh.entry.shape)
     value()
 

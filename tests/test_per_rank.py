@@ -15,7 +15,7 @@ from shardckpt import PerRank, commit
 from shardckpt import manifest as mf
 from shardckpt.errors import ConflictingStateError, CorruptCheckpointError, StateMismatchError, UsageError
 from shardckpt.manifest import FileEntry, Manifest, ObjectEntry, RankValues, TensorHead
-from shardckpt.state import Flattened, Match, flatten
+from shardckpt.state import Flattened, Maker, Matching, flatten, walk
 from shardckpt.state.per_rank import Here
 from shardckpt.state.schema import MAX_DEPTH, check_skeleton
 from test_values import STATES, same
@@ -81,9 +81,9 @@ def committed(found: list[Flattened]) -> Manifest:
     return manifest
 
 
-def matching(manifest: Manifest, here: Here | None) -> Match:
-    return Match(
-        manifest, parameters={}, convert_dtype=False, strict=True, relocate=lambda tensor, _: tensor, here=here
+def matching(manifest: Manifest, here: Here) -> Matching:
+    return Matching(
+        manifest, walk, parameters={}, convert_dtype=False, strict=True, relocate=lambda tensor, _: tensor, here=here
     )
 
 
@@ -105,7 +105,7 @@ def test_any_value_at_any_place_is_its_ranks(data):
         assert same(held(live), saved[rank])
         assert match.offers == []
     for place, by_rank in zip(manifest.per_rank, map(list, zip(*saved, strict=True)), strict=True):
-        assert same(matching(manifest, None).new({"$per_rank": place}, "")(), by_rank)
+        assert same(Maker(manifest, lambda tensor, _: tensor).new({"$per_rank": place}, "")(), by_rank)
     live = planted(tree, [MARK] * marks(tree))
     match = matching(manifest, Here(0, size + 1))
     match.match(live, manifest.state, "")()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import shardckpt
 from shardckpt import manifest as mf
 from shardckpt.errors import CorruptCheckpointError
-from shardckpt.state import Match, flatten, values
+from shardckpt.state import Maker, flatten, values
 
 SCALARS = (
     st.none()
@@ -77,10 +77,7 @@ def through_json(state: Any) -> Any:
 
 def new(node: Any) -> Any:
     manifest = mf.Manifest(save_id="0" * 12, created="", world_size=1, writer={}, files=[], state=node, tensors={})
-    match = Match(
-        manifest, parameters={}, convert_dtype=False, strict=True, relocate=lambda tensor, _: tensor, here=None
-    )
-    return match.new(node, "")()
+    return Maker(manifest, lambda tensor, _: tensor).new(node, "")()
 
 
 def same(a: Any, b: Any) -> bool:

@@ -33,7 +33,8 @@ from shardckpt.staging import StagingPool
 from shardckpt.state import (
     Differences,
     KeyMap,
-    Match,
+    Maker,
+    Matching,
     Prefix,
     hint,
     meshes,
@@ -43,6 +44,7 @@ from shardckpt.state import (
     rename,
     subtree,
     together,
+    walk,
 )
 from shardckpt.state.names import check_root, iter_modules
 from shardckpt.state.per_rank import Here, resize
@@ -108,8 +110,7 @@ class OpenCheckpoint:
 
     def keys(self) -> list[Any]:
         """The top-level keys of the state."""
-        match = self._match({}, None, strict=False, convert_dtype=False)
-        return list(match.items(self.manifest.state, "") or {})
+        return list(self._maker(None).items(self.manifest.state, "") or {})
 
     def materialise(
         self,
@@ -124,10 +125,10 @@ class OpenCheckpoint:
         A module becomes a dict of its tensors, an optimizer torch's index-keyed state dict. Raises TensorNotFoundError,
         a KeyError, where the state has no such place.
         """
-        match = self._match({}, map_location, strict=True, convert_dtype=False)
-        value = match.new(self._part(prefix, key_map, None, strict=True), prefix_name(prefix))
-        self._read_objects(match, map_location, weights_only)
-        self._fill_new(match)
+        maker = self._maker(map_location)
+        value = maker.new(self._part(prefix, key_map, None, strict=True), prefix_name(prefix))
+        self._read_objects(maker, map_location, weights_only)
+        self._fill_new(maker)
         return value()
 
     def restore(
@@ -151,11 +152,13 @@ class OpenCheckpoint:
         stats = ReadStats()
         with turn(operation, "match") as matched, held_off():
             check_root(state)
-            match = self._match(
-                parameter_names(state),
-                map_location,
-                strict=strict,
+            match = Matching(
+                self.manifest,
+                walk,
+                parameters=parameter_names(state),
                 convert_dtype=convert_dtype,
+                strict=strict,
+                relocate=relocation(map_location),
                 here=Here(operation.rank, operation.world_size),
             )
             on_meta = list(meta_tensors(state))
@@ -244,17 +247,16 @@ class OpenCheckpoint:
         return rename(node, key_map, modules, strict=strict)
 
     def _resize(
-        self, match: Match, map_location: MapLocation, weights_only: bool | None, stats: ReadStats
+        self, match: Matching, map_location: MapLocation, weights_only: bool | None, stats: ReadStats
     ) -> dict[str, list[Any]]:
         """Read all ranks' values, and have the state say what to make of them on this number of ranks.
 
         Returns those that it says nothing about, by place, and logs once where they are.
         """
-        everyone = self._match({}, map_location, strict=True, convert_dtype=False)
+        everyone = self._maker(map_location)
         made = {offer.place: everyone.per_rank(offer.place, offer.place) for offer in match.offers}
         self._read_objects(everyone, map_location, weights_only)
         stats.count(self._fill_new(everyone).bytes_read)
-        assert match.here is not None, "it was made for a restore"
         unsaid = resize(match.offers, {place: value() for place, value in made.items()}, match.here, self.path)
         if unsaid and match.here.rank == 0:
             log.warning(
@@ -267,56 +269,41 @@ class OpenCheckpoint:
             )
         return unsaid
 
-    def _match(
-        self,
-        parameters: Mapping[int, str],
-        map_location: MapLocation,
-        *,
-        strict: bool,
-        convert_dtype: bool,
-        here: Here | None = None,
-    ) -> Match:
-        return Match(
-            self.manifest,
-            parameters=parameters,
-            convert_dtype=convert_dtype,
-            strict=strict,
-            relocate=relocation(map_location),
-            here=here,
-        )
+    def _maker(self, map_location: MapLocation) -> Maker:
+        return Maker(self.manifest, relocation(map_location))
 
-    def _fill_new(self, match: Match) -> ReadStats:
-        """Fill a match of new tensors only, which are whole."""
-        whole = [Wanted(fresh.fqn, full_box(fresh.entry.shape)) for fresh in match.fresh]
-        reading = self._prepare(match, [wanted for wanted in whole if wanted.box.volume])
+    def _fill_new(self, maker: Maker) -> ReadStats:
+        """Fill new tensors only, which are whole."""
+        whole = [Wanted(fresh.fqn, full_box(fresh.entry.shape)) for fresh in maker.fresh]
+        reading = self._prepare(maker, [wanted for wanted in whole if wanted.box.volume])
         reading.alone()
         stats = reading.stats
         del reading  # it holds what was read, of which `settle` may make copies elsewhere
-        match.settle()
+        maker.settle()
         return stats
 
     def _prepare(
         self,
-        match: Match,
+        maker: Maker,
         known: Sequence[Wanted],
         *,
         convert_dtype: bool = False,
         stats: ReadStats | None = None,
     ) -> Reading:
-        """Check the files and make what is to be made; ``known`` is what of ``match`` is known to be wanted before."""
+        """Check the files and make what is to be made; ``known`` is what of it is known to be wanted before."""
         plan = ReadPlan(self.manifest, self.storage, known)
         # What isn't there needs no memory.
         plan.check()
         with enough_memory(self.path), held_off():
-            tensors = match.allocate()
+            tensors = maker.allocate()
             targets = [Target(t.fqn, box, view) for t in tensors for box, view in zip(t.boxes, t.views, strict=True)]
         plan.add([Wanted(target.fqn, target.box) for target in targets[len(known) :]])
         plan.check()
         return Reading(plan, targets, pool=self._pool, convert_dtype=convert_dtype, stats=stats)
 
-    def _read_objects(self, match: Match, map_location: MapLocation, weights_only: bool | None) -> None:
-        for path in match.objects:
-            match.objects[path] = read_object(
+    def _read_objects(self, maker: Maker, map_location: MapLocation, weights_only: bool | None) -> None:
+        for path in maker.objects:
+            maker.objects[path] = read_object(
                 self.path, self.manifest, self.storage, path, map_location=map_location, weights_only=weights_only
             )
 

@@ -1,14 +1,16 @@
 """State: the user's nested objects on one side, named tensors, JSON and bytes on the other.
 
-`flatten` goes one way, `Match` the other. Nothing above this package asks what kind of object a value was.
+`flatten` goes one way, `Matching` the other. Nothing above this package asks what kind of object a value was.
 """
 
 from shardckpt.state import meshes
 from shardckpt.state.differences import Differences, together
 from shardckpt.state.flatten import flatten
 from shardckpt.state.flattened import Flattened
+from shardckpt.state.fresh import Maker
 from shardckpt.state.leaves import LocalTensor
-from shardckpt.state.match import Match
+from shardckpt.state.match import walk
+from shardckpt.state.matching import Matching
 from shardckpt.state.materialise import meta_tensors
 from shardckpt.state.names import ModuleState, OptimizerState, Share, parameter_names
 from shardckpt.state.per_rank import PerRank
@@ -22,7 +24,8 @@ __all__ = [
     "Flattened",
     "KeyMap",
     "LocalTensor",
-    "Match",
+    "Maker",
+    "Matching",
     "ModuleState",
     "OptimizerState",
     "PerRank",
@@ -39,4 +42,5 @@ __all__ = [
     "rename",
     "subtree",
     "together",
+    "walk",
 ]

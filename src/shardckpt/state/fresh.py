@@ -12,6 +12,7 @@ from shardckpt.codecs import DTYPES
 from shardckpt.errors import CorruptCheckpointError
 from shardckpt.manifest import Manifest, TensorEntry
 from shardckpt.state import names, values
+from shardckpt.state.leaves import LocalTensor, local_tensor
 from shardckpt.state.skeleton import as_torch_format, module_entries
 
 Json = Any
@@ -46,7 +47,7 @@ class Room(Protocol):
 
 
 class Maker:
-    """Collects, from nodes of one manifest's skeleton, the tensors and objects that their values need.
+    """Makes values anew: collects, from nodes of one manifest's skeleton, the tensors and objects that they need.
 
     ``fresh`` are the tensors to be made; ``objects`` the pickled values that somebody must load into it before the
     thunks run; ``restored`` the names of all tensors that will be read.
@@ -59,6 +60,23 @@ class Maker:
         self.restored: list[str] = []
         self.relocate = relocate
         self._made: dict[Hashable, Fresh] = {}
+
+    def all_fresh(self) -> list[Fresh]:
+        """All tensors to be made, in the order in which they are."""
+        return self.fresh
+
+    def allocate(self) -> list[LocalTensor]:
+        """Allocate what is new; returns everything to be filled."""
+        filled = []
+        for fresh in self.all_fresh():
+            fresh.tensor = fresh.make()
+            filled.append(local_tensor(fresh.fqn, fresh.tensor, split=False))
+        return filled
+
+    def settle(self) -> None:
+        """Give new tensors their final place, once read."""
+        for fresh in self.all_fresh():
+            fresh.tensor = fresh.finish(fresh.value())
 
     def entry(self, name: str) -> TensorEntry:
         entry = self.manifest.resolve(name)
@@ -113,7 +131,7 @@ class Maker:
         value = values.decode_scalar(node, path)
         return lambda: value
 
-    def per_rank(self, place: str, path: str) -> Thunk:  # noqa: ARG002 - a match wants to know
+    def per_rank(self, place: str, path: str) -> Thunk:  # noqa: ARG002 - `Matching` wants to know
         """The thunk of the values of all ranks that saved, by rank; None for a rank that had none."""
         made = {
             rank: self.new(node, names.child_path(place, f"rank-{rank}"))

@@ -1,13 +1,15 @@
 """Matching: what a live state and a checkpoint have for each other, place by place, before a byte is read.
 
-Tensors are matched here. What holds them knows how to take itself apart: modules, optimizers, values by rank, and
-containers, which `Match` walks over.
+Tensors and values by rank are matched here. What holds them knows how to take itself apart: modules, optimizers, and
+containers, over which `walk` goes.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardckpt.codecs import DTYPES
@@ -30,31 +32,35 @@ from shardckpt.state.leaves import (
 )
 from shardckpt.state.materialise import install, like, why_not
 from shardckpt.state.meshes import Meshes
-from shardckpt.state.per_rank import WRAP_IT, Here, Offer
-from shardckpt.state.skeleton import SPARSE_PARTS, tensor_name
+from shardckpt.state.per_rank import DO_NOT_WRAP_IT, WRAP_IT, Here, Offer, PerRank, holders, rank_path
+from shardckpt.state.skeleton import SPARSE_PARTS, per_rank_place, per_rank_places, tensor_name
+from shardckpt.state.subtree import tensor_places
 
 Json = Any
 
 
 class Matching(Maker):
-    """One live state (or none) held against one manifest.
+    """One live state held against one manifest. It changes nothing: it collects what is to be done.
 
-    ``targets`` are live tensors to fill, under the names of the checkpoint; ``materialised``, by ``id``, live tensors
-    on the meta device that will get data, and new tensors to be filled in their stead; ``offers`` what somebody must
-    decide of all ranks' values, before the thunks run. ``here`` is None where there is no live state.
+    ``differences`` are all that were found; ``targets`` live tensors to fill, under the names of the checkpoint;
+    ``materialised``, by ``id``, live tensors on the meta device that will get data, and new tensors to be filled in
+    their stead; ``offers`` what somebody must decide of all ranks' values, before the thunks run.
     """
 
     def __init__(
         self,
         manifest: Manifest,
+        walk: "Walk",
         *,
         parameters: Mapping[int, str],
         convert_dtype: bool,
         strict: bool,
         relocate: Callable[[Tensor, str], Tensor],
-        here: Here | None,
+        here: Here,
     ) -> None:
+        """``walk`` is how `match` goes about a value, ``parameters`` the names of the live ones, by ``id``."""
         super().__init__(manifest, relocate)
+        self._walk = walk
         self.here = here
         self.offers: list[Offer] = []
         self.targets: list[LocalTensor] = []
@@ -66,32 +72,30 @@ class Matching(Maker):
         self.strict = strict
         self._filled: defaultdict[int, list[tuple[Tensor, str]]] = defaultdict(list)
         self._stored: Callable[[], dict[str, str]] = dict
+        self._holders: dict[str, PerRank] | None = None
+        """While a stateful object's value is made anew: the `PerRank`s that its ``state_dict()`` had, by path."""
+
+    def root(self, live: Any, node: Json) -> Thunk:
+        """As `match`, of a whole state with all that is to be restored into it."""
+        self._stored = functools.cache(lambda: tensor_places(node))
+        with torch.no_grad():
+            return self.match(live, node, "")
 
     def match(self, live: Any, node: Json, path: str) -> Thunk:
         """The thunk that restores ``node`` into ``live``, and the value that then belongs in its place."""
-        raise NotImplementedError
+        return self._walk(self, live, node, path)
 
     def live(self) -> list[LocalTensor]:
         """What is wanted for live tensors, known before anything is allocated."""
         metas = [local_tensor(fresh.fqn, live, split=False) for live, fresh in self.materialised.values()]
         return [*self.targets, *metas]
 
-    def allocate(self) -> list[LocalTensor]:
-        """Allocate what is new; returns everything to be filled."""
-        filled = list(self.targets)
-        for fresh in self._all_fresh():
-            fresh.tensor = fresh.make()
-            filled.append(local_tensor(fresh.fqn, fresh.tensor, split=False))
-        return filled
-
-    def settle(self) -> None:
-        """Give new tensors their final place, once read."""
-        for fresh in self._all_fresh():
-            fresh.tensor = fresh.finish(fresh.value())
-
-    def _all_fresh(self) -> list[Fresh]:
+    def all_fresh(self) -> list[Fresh]:
         # Optimizer state follows its parameter, which therefore comes first.
         return [*(fresh for _, fresh in self.materialised.values()), *self.fresh]
+
+    def allocate(self) -> list[LocalTensor]:
+        return [*self.targets, *super().allocate()]
 
     def stored(self, path: str) -> str | None:
         """The tensor of the checkpoint that stands at a place of the state, by which it may be called otherwise."""
@@ -231,6 +235,65 @@ class Matching(Maker):
             return None
         return next((fqn for other, fqn in near if memory_key(other) == key), None)
 
+    def by_rank(self, live: PerRank, node: Json, path: str) -> Thunk:
+        """As `match`, of a value that is marked as its rank's own."""
+        place = per_rank_place(node)
+        if place is None:
+            self.differences.mismatched.append(
+                f"{path}: a value by rank here, one value for all ranks in the checkpoint ({DO_NOT_WRAP_IT})"
+            )
+            return lambda: live
+        saved, here = self.manifest.per_rank[place], self.here
+        if here.world_size != self.manifest.world_size:
+            offer = Offer(place, live)
+            self.offers.append(offer)
+            return offer.put
+        child = rank_path(place, here.rank)
+        if here.rank not in saved:
+            self.differences.missing.append(child)
+            return lambda: live
+        value = self.match(live.value, saved[here.rank], child)
+
+        def put() -> PerRank:
+            live.value = value()
+            return live
+
+        return put
+
+    def for_stateful(self, live: Any, node: Json, path: str) -> Thunk:
+        """What ``load_state_dict`` of a live object gets: a `PerRank` where its ``state_dict()`` had one."""
+        if not self.places(node):
+            return self.new(node, path)
+        self._holders = dict(holders(live.state_dict(), path))
+        if per_rank_place(node) is not None and path not in self._holders:
+            self._holders = None
+            self.one_for_all(path)
+            unchanged: Thunk = live.state_dict
+            return unchanged
+        try:
+            return self.new(node, path)
+        finally:
+            self._holders = None
+
+    def per_rank(self, place: str, path: str) -> Thunk:
+        if self._holders is not None:
+            return self.by_rank(self._holders.get(path, PerRank(None)), {"$per_rank": place}, path)
+        self.one_for_all(path)
+        return super().per_rank(place, path)
+
+    def one_for_all(self, path: str) -> None:
+        """Note that the live state has one value where every rank saved its own."""
+        self.differences.mismatched.append(
+            f"{path}: one value for all ranks here, a value by rank in the checkpoint ({WRAP_IT})"
+        )
+
+    def places(self, node: Json) -> list[str]:
+        """Where in ``node`` values differ by rank."""
+        return per_rank_places(node) if self.manifest.per_rank else []
+
 
 def _sparse(layout: str, shape: Sequence[int]) -> str:
     return f"{layout} of shape {tuple(shape)}"
+
+
+Walk = Callable[[Matching, Any, Json, str], Thunk]
