@@ -52,9 +52,9 @@ def module_class() -> Any:
 
         def configure_model(self) -> None:
             mesh = getattr(self, "_device_mesh", None)
-            if self.kind == "tp":
+            if self.kind in ("tp", "2d"):
                 parallelize_module(self.net, mesh["tensor_parallel"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-            elif self.kind == "fsdp2":
+            if self.kind in ("fsdp2", "2d"):
                 fully_shard(self.net[0], mesh=mesh["data_parallel"])
                 fully_shard(self.net, mesh=mesh["data_parallel"])
 
@@ -82,6 +82,9 @@ def strategy(kind: str) -> Any:
         return L.strategies.ModelParallelStrategy(
             data_parallel_size=1, tensor_parallel_size=WORLD, save_distributed_checkpoint=False
         )
+
+    if kind == "2d":
+        return L.strategies.ModelParallelStrategy(data_parallel_size=WORLD // 2, tensor_parallel_size=2)
 
     class OnCPU(L.strategies.FSDPStrategy):  # type: ignore[misc]
         def setup_environment(self) -> None:
@@ -367,6 +370,52 @@ def mismatched(kind: str) -> Any:
     return messages, digests(run)
 
 
+def averaged(kind: str) -> Any:
+    """A moving average of the weights is saved and resumed beside them."""
+
+    def average(callback: Any) -> dict[str, str]:
+        return {name: toy.digest(value) for name, value in callback._average_model.state_dict().items()}
+
+    class Keeping(L.callbacks.weight_averaging.EMAWeightAveraging):  # type: ignore[misc]
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_start(trainer, pl_module)
+            self.start = average(self)
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self.end = average(self)
+
+    folder = FOLDER / f"averaged-{kind}"
+    first, second = Keeping(), Keeping()
+    run = fit(kind, folder, callbacks=[first], checkpoint={"filename": "a"}, max_epochs=1)
+    again = fit(kind, folder, callbacks=[second], ckpt_path=folder / "a.ckpt", max_epochs=2)
+    weights, average_of = (shardckpt.read_tensor(folder / "a.ckpt", f"{k}.net.0.weight") for k in AVERAGED)
+    return run.record.end == again.record.start, first.end == second.start, torch.equal(weights, average_of)
+
+
+AVERAGED = ("current_model_state", "state_dict")
+
+
+def compiled(kind: str) -> Any:
+    """A compiled model's checkpoint has the plain one's names, and each resumes it and ends alike."""
+
+    class Compiled(module_class()):  # type: ignore[misc]
+        def configure_model(self) -> None:
+            super().configure_model()
+            self.net = torch.compile(self.net, backend="eager")
+
+    def plain(found: dict[str, str]) -> dict[str, str]:
+        return {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+
+    folder = FOLDER / f"compiled-{kind}"
+    first = fit(kind, folder, model=Compiled(), checkpoint={"filename": "a"}, max_epochs=1)
+    bare, again = (
+        fit(kind, folder, model=model(), ckpt_path=folder / "a.ckpt", max_epochs=2, limit_train_batches=2).record
+        for model in (module_class(), Compiled)
+    )
+    written = plain(first.record.end)
+    return [written == bare.start, written == plain(again.start), bare.end == plain(again.end)]
+
+
 def by_hand(kind: str) -> Any:
     """Two optimizers that the module steps itself, one of them not every time."""
 
@@ -484,6 +533,8 @@ CASES: dict[str, Callable[..., Any]] = {
         hostile,
         evaluated,
         mismatched,
+        averaged,
+        compiled,
         by_hand,
         objects,
         unreadable,

@@ -53,6 +53,7 @@ def two(folder: Path, single: dict[str, str], s3_server: S3Server, s3_client: An
     environment = s3_server.environment | {"TEST_S3_URL": "s3://lightning-sharded/run"}
     cases = [f"write:{kind}" for kind in WRITERS] + [f"resume:{kind}" for kind in WRITERS]
     cases += [f"{case}:{kind}" for case in CASES for kind in SHARDING]
+    cases += [f"compiled:{kind}" for kind in ("ddp", "fsdp2", "tp")] + ["averaged:ddp"]
     cases += ["stock:tp", "ordinary:fsdp2", "ordinary:fsdp1", "hostile:fsdp2"]
     cases += ["marked:fsdp2", "replaced:fsdp2", "on_s3:fsdp2", "on_s3:fsdp1"]
     cases += [f"touched:{kind}" for kind in ("fsdp2", "tp", "fsdp1", "fsdp1-flat")]
@@ -193,6 +194,31 @@ def test_a_bucket_as_folder(kind: str, two: ddp_job.Outcomes) -> None:
     assert same
     assert position == [1, 6]
     assert path.startswith(f"s3://lightning-sharded/run/{kind}/last.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tp"])
+def test_a_compiled_model_is_the_plain_one(kind: str, two: ddp_job.Outcomes) -> None:
+    """``torch.compile`` leaves no trace in a checkpoint: the plain model and the compiled one resume it alike."""
+    assert two.of(f"compiled:{kind}")[0] == [True, True, True]
+
+
+def test_a_moving_average_comes_back(two: ddp_job.Outcomes) -> None:
+    """Of a callback that saves averages in the place of the weights, both come back; and they differ."""
+    assert two.of("averaged:ddp") == [[True, True, False]] * 2
+
+
+def test_a_mesh_of_two_dimensions(folder: Path, two: ddp_job.Outcomes, worker: Any, tmp_path: Path) -> None:
+    """FSDP2 over tensor parallel on four processes resumes what each of the two wrote, and one process resumes it."""
+    cases = ["write:2d", "resume:2d:fsdp2", "resume:2d:tp", "touched:2d"]
+    four = job(4, folder, cases)
+    for source in ("fsdp2", "tp"):
+        ((start, _, _),) = four.of(f"resume:2d:{source}")[0].values()
+        assert start == two.of(f"write:{source}")[0][0]
+    written = four.of("write:2d")[0][0]
+    path = folder / "written" / "2d.ckpt"
+    assert len(toy.shards(path)) == 4
+    assert four.of("touched:2d")[0] == [written] * 2
+    assert worker.fit("single", tmp_path, ckpt_path=path, max_epochs=2).record.start == written
 
 
 def test_two_become_three(folder: Path, two: ddp_job.Outcomes) -> None:
