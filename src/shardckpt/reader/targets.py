@@ -33,7 +33,7 @@ MIN_RANGE: Final = 1 << 20
 CACHED_STEP: Final = 4 << 20
 """Bytes that are read at once from the page cache: still in the processor's cache when they are verified. 2 GiB
 on 2 ranks: 0.25 s, with a cell at a time 0.32 s, with whole blocks 0.30 s."""
-_STEP: Final = 2 << 20
+_STREAMED_STEP: Final = 2 << 20
 """Bytes of what comes over a network that are placed and verified at a time."""
 _CROWD_DEPTH: Final = 2
 """Times as many threads read what comes through the page cache: their requests become smaller ones on the way."""
@@ -209,7 +209,7 @@ class Reading:
             # Bytes are verified while the processor still has them from their way into place.
             first = wanted.runs[0].start_byte
             with file.stream(first, wanted.stop) as read:
-                for part in steps(wanted, _STEP):
+                for part in steps(wanted, _STREAMED_STEP):
                     self._read_part(read, part, part.runs[0].start_byte, part.stop, anywhere=True)
             return
         in_cache = file.in_cache(wanted.start, wanted.stop)
