@@ -58,6 +58,15 @@ def test_the_newest_are_kept_and_the_newest_comes_back(root: Path) -> None:
     assert there(root) == {40, 50}
 
 
+def test_looking_waits_for_what_is_under_way(root: Path) -> None:
+    """Right after a save, what it replaces is still being removed: it must neither be counted nor be looked into."""
+    with CheckpointManager(root, keep_last=1) as manager:
+        for step in range(5):
+            manager.save(step, state_of(step))
+            assert manager.steps() == [step]
+            assert there(root) == {step}
+
+
 def test_the_best_and_the_multiples_stay(root: Path) -> None:
     """Retention by metric and by period holds beside that by number, across processes: the metrics are saved."""
     with CheckpointManager(root, keep_last=1, keep_every=100, metric="loss") as manager:

@@ -14,6 +14,7 @@ from shardckpt.background import PendingSave
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.coordinator import turn
 from shardckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, TensorNotFoundError, UsageError
+from shardckpt.loading import OpenCheckpoint
 from shardckpt.options import Path
 from shardckpt.retention import Kept, Mode, Retention
 from shardckpt.storage import join, open_storage
@@ -31,7 +32,8 @@ _NAME: Final = re.compile(r"step=(\d+)", re.ASCII)
 class CheckpointManager:
     """Saves the state of a run by step below one directory, removes what need not be kept, and finds the newest again.
 
-    All ranks make the same calls in the same order. There is no database: what is there is found by looking, so
+    All ranks make the same calls in the same order. Those that look for what is there wait for the save in flight, and
+    raise the SaveFailedError that nobody has been told of. There is no database: what is there is found by looking, so
     checkpoints may be removed, moved in and copied by hand. Only directories called ``step=<number>`` are its own.
 
     ::
@@ -114,7 +116,6 @@ class CheckpointManager:
         same one. If all are damaged it raises the CorruptCheckpointError of the newest; nobody starts from scratch
         unawares. ``how`` are arguments of `Checkpointer.load`, which says what else is raised.
         """
-        self._checkpointer.wait()
         found = self._look("restore")
         if step is not None:
             found = [one for one in found if one.step == step]
@@ -178,6 +179,7 @@ class CheckpointManager:
 
     def _look(self, call: str) -> list[Kept]:
         """The complete checkpoints, oldest first, as rank 0 sees them; every rank calls."""
+        self.wait()  # what is being removed would be found, and be gone when it is looked at
         operation = coordinator.begin(f"CheckpointManager.{call}({self.root!r})", timeout=self._timeout)
         with turn(operation, "checkpoints") as looked:
             if operation.rank == 0:
@@ -190,9 +192,9 @@ class CheckpointManager:
         for step, name in ((match[1], name) for name in names if (match := _NAME.fullmatch(name))):
             path = join(self.root, name)
             try:
-                there = commit.find(open_storage(path, self._storage_options))
-                if there is not None:
-                    found.append(Kept(there.manifest.save_id, int(step), path, self._metrics(path)))
+                if commit.is_checkpoint(path, self._storage_options):
+                    opened = self._checkpointer.open(path, storage_options=self._storage_options)
+                    found.append(Kept(opened.manifest.save_id, int(step), path, _metrics(opened)))
             except CorruptCheckpointError as error:
                 log.warning("skipping a damaged checkpoint: %s", error)
                 damaged.append(error)
@@ -200,12 +202,13 @@ class CheckpointManager:
             raise damaged[0]
         return sorted(found, key=lambda one: one.save_id)
 
-    def _metrics(self, path: str) -> dict[str, float]:
-        try:
-            noted = self._checkpointer.load(path, prefix=(KEY, "metrics"), storage_options=self._storage_options)
-        except TensorNotFoundError:  # somebody else saved this
-            return {}
-        return {str(name): float(value) for name, value in noted.items()}
+
+def _metrics(opened: OpenCheckpoint) -> dict[str, float]:
+    try:
+        noted = opened.materialise((KEY, "metrics"))
+    except TensorNotFoundError:  # somebody else saved this
+        return {}
+    return {str(name): float(value) for name, value in noted.items()}
 
 
 def _with_note(state: Any, note: dict[str, Any]) -> dict[str, Any]:
