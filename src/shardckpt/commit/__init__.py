@@ -5,8 +5,8 @@ is named after the save that wrote it, so a save never touches what it replaces,
 itself.
 """
 
-from shardckpt.commit.clearing import abandon, clean, end_lease, prune, remove
-from shardckpt.commit.finding import Found, checkpoint_path, find, is_checkpoint, latest, read
+from shardckpt.commit.clearing import abandon, clean, end_lease, prune, remove, running
+from shardckpt.commit.finding import Found, checkpoint_path, find, find_bytes, is_checkpoint, latest, read
 from shardckpt.commit.publishing import (
     assemble,
     check_unchanged,
@@ -15,6 +15,7 @@ from shardckpt.commit.publishing import (
     now,
     open_place,
     publish,
+    publish_record,
     put_rank_manifest,
     with_values,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "clean",
     "end_lease",
     "find",
+    "find_bytes",
     "get_rank_manifest",
     "is_checkpoint",
     "latest",
@@ -36,8 +38,10 @@ __all__ = [
     "open_place",
     "prune",
     "publish",
+    "publish_record",
     "put_rank_manifest",
     "read",
     "remove",
+    "running",
     "with_values",
 ]

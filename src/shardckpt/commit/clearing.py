@@ -140,10 +140,16 @@ def remove(storage: Storage) -> None:
     storage.remove_place()
 
 
-def prune(storage: Storage) -> list[str]:
+def running(storage: Storage) -> set[str]:
+    """The ids of saves that write to a place now, as far as the markers there show."""
+    alive, _ = _alive(storage, storage.list())
+    return {save_id for save_id in alive if save_id is not None}
+
+
+def prune(storage: Storage, *, dry_run: bool = False) -> list[str]:
     """Remove what dead saves have left in a place, and return the names: files, and uploads that were never finished.
 
-    The checkpoint there stays, and what saves that are alive have written so far.
+    The checkpoint there stays, and what saves that are alive have written so far. With ``dry_run`` all of it stays.
     """
     # Before the markers: whoever has begun one has left a marker before, or is through.
     begun = storage.uploads() if isinstance(storage, Uploads) else []
@@ -154,11 +160,12 @@ def prune(storage: Storage) -> list[str]:
     doomed = _rubbish([stat for stat in listed if stat.name not in keep], alive, now)
     names = {stat.name for stat in begun if filenames.is_checkpoint_file(stat.name)}
     stale = sorted(name for name in names if filenames.save_id_of(name) not in alive)
-    if isinstance(storage, Uploads) and stale:
-        storage.cancel_uploads(stale)
-    storage.delete(doomed)
-    if not keep:
-        storage.remove_place()
+    if not dry_run:
+        if isinstance(storage, Uploads) and stale:
+            storage.cancel_uploads(stale)
+        storage.delete(doomed)
+        if not keep:
+            storage.remove_place()
     return sorted({*doomed, *stale})
 
 

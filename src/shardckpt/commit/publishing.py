@@ -232,7 +232,11 @@ def publish(storage: Storage, manifest: Manifest, previous: bytes | None) -> Non
     files that it names must then stay.
     """
     check_skeleton(manifest, f"{storage.url}/{MANIFEST}")
-    data = mf.encode(manifest)
+    publish_record(storage, mf.encode(manifest), previous)
+
+
+def publish_record(storage: Storage, data: bytes, previous: bytes | None) -> None:
+    """`publish` a commit record as it was written elsewhere."""
     storage.sync()
     try:
         storage.put(MANIFEST, data, replace=False if previous is None else previous)

@@ -1,0 +1,71 @@
+"""A checkpoint whose manifest has been read by this process alone, for looking at it."""
+
+import datetime
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from shardckpt import coordinator, loading, options
+from shardckpt.manifest import Manifest
+from shardckpt.options import Path
+from shardckpt.state import values
+from shardckpt.storage import Storage
+
+Progress = Callable[[int, int], None]
+"""Hears of bytes done, and of all bytes."""
+
+
+def unheard(_done: int, _total: int) -> None:
+    """The progress that nobody watches."""
+
+
+class Opened(NamedTuple):
+    """Where it lies, and what its commit record says."""
+
+    path: str
+    storage: Storage
+    manifest: Manifest
+
+
+def open_checkpoint(path: Path, storage_options: Mapping[str, Any] | None) -> Opened:
+    """Read the commit record at ``path``, and doubt all of it.
+
+    Raises CheckpointNotFoundError that says what is there instead, CorruptCheckpointError, UnsupportedFormatError,
+    StorageError and its kinds.
+    """
+    options.path_text(path)
+    told = options.mapping("storage_options", storage_options)
+    return Opened(*loading.read_manifest(path, told, coordinator.begin_alone()))
+
+
+def step_of(manifest: Manifest) -> int | None:
+    """The training step that a state says it was saved at, at its top level as Lightning and people write it."""
+    top = {key: node for key, node in values.pairs_of(manifest.state) or [] if isinstance(key, str)}
+    found = (top.get(key) for key in ("global_step", "step"))
+    return next((step for step in found if type(step) is int), None)
+
+
+def nbytes_of(manifest: Manifest) -> int:
+    """Bytes of all files that a checkpoint names: shards, the manifests of ranks, pickled objects; not its own."""
+    objects: dict[str, int] = {}
+    for entry in manifest.objects.values():
+        objects[entry.file] = max(objects.get(entry.file, 0), entry.offset + entry.nbytes)
+    return sum(file.size + file.manifest_size for file in manifest.files) + sum(objects.values())
+
+
+def committed(manifest: Manifest) -> float | None:
+    """Unix time in seconds of the commit, as the manifest says it; None where that is no time."""
+    try:
+        return datetime.datetime.fromisoformat(manifest.created).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def begun(manifest: Manifest) -> float | None:
+    """Unix time in seconds at which the save began, by its id; None where that is none of ours."""
+    try:
+        found = int(manifest.save_id[:9], 36) / 1000
+    except ValueError:
+        return None
+    end = committed(manifest)
+    # Ids of other writers, and clocks that were set in between, must not look like a time.
+    return found if len(manifest.save_id) == 15 and end is not None and 0 <= end - found < 7 * 86400 else None
