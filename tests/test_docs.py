@@ -1,18 +1,73 @@
 """What the documentation shows is run, so that it stays true."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 
+_VARYING = {
+    r"\d{4}-\d\d-\d\dT[\d:.+]+": "<time>",
+    r"\b0[0-9a-z]{14}\b": "<save id>",
+    r"in \d+\.\d+ s": "in <seconds>",
+    r"\b[\d.]+ (?:B|KiB)(?![A-Za-z])": "<size>",
+    r"\d+ s\b": "<age>",
+    r"(torch|python) [\d.]+\S*?(,|$)": r"\1 <version>\2",
+    r"[ ]+": " ",
+}
+"""What is different each time, and what stands for it; alignment follows from that."""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def run_python(page: str, names: dict[str, object]) -> None:
+    """Run the blocks of a page one after the other."""
+    found = blocks(page, "python")
+    assert found
+    for block in found:
+        exec(compile(block, f"{page}: {block.splitlines()[0]}", "exec"), names)
+
 
 @pytest.mark.parametrize("page", ("async.md", "manager.md", "partial.md"))
 def test_the_examples_of_a_page_run(page, tmp_path):
     """A reader may paste the blocks of a page one after the other; ``path`` is theirs to choose."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert blocks
-    names = {"path": str(tmp_path / "ck"), "__name__": page}
-    for block in blocks:
-        exec(compile(block, f"{page}: {block.splitlines()[0]}", "exec"), names)
+    run_python(page, {"path": str(tmp_path / "ck"), "__name__": page})
+
+
+def steady(text: str) -> list[str]:
+    """Lines without what is different each time."""
+    for pattern, instead in _VARYING.items():
+        text = re.sub(pattern, instead, text, flags=re.MULTILINE)
+    return [line.strip() for line in text.strip().splitlines()]
+
+
+def test_the_command_line_prints_what_its_page_shows(tmp_path, monkeypatch):
+    """Every command of the page ends as it says there, and prints that, but for times, ids, sizes and versions."""
+    testing = pytest.importorskip("typer.testing")
+    from shardckpt.cli.app import app
+
+    monkeypatch.chdir(tmp_path)
+    run_python("cli.md", {"__name__": "cli.md"})
+    sessions = [part for block in blocks("cli.md", "console") for part in re.split(r"^\$ ", block, flags=re.MULTILINE)]
+    asked = [session.partition("\n") for session in sessions if session]
+    assert {command.split()[1] for command, _, _ in asked} == {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
+    for command, _, expected in asked:
+        program, *arguments = shlex.split(command)
+        assert program == "shardckpt"
+        done = testing.CliRunner().invoke(app, arguments)
+        printed = done.output + (f"[exit code {done.exit_code}]" if done.exit_code else "")
+        assert steady(printed) == steady(expected), command
+
+
+def test_the_page_of_the_command_line_has_every_exit_code():
+    """A script is written by that table."""
+    codes = pytest.importorskip("shardckpt.cli.codes")
+    shown = re.findall(r"^\| (\d+) \|", (DOCS / "cli.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [*map(int, shown)] == [*codes.ExitCode, 70, 130]

@@ -82,8 +82,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_import_stays_light() -> None:
-    """``import shardckpt`` works, and is quick, where Lightning and the S3 clients are not installed or not wanted."""
-    heavy = {"lightning", "pytorch_lightning", "s3fs", "botocore", "aiohttp", "obstore"}
+    """``import shardckpt`` works, and is quick, where Lightning, S3 clients and typer are missing or not wanted."""
+    heavy = {"lightning", "pytorch_lightning", "s3fs", "botocore", "aiohttp", "obstore", "typer", "rich"}
     program = f"import sys, shardckpt; print(*sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
     assert done.stdout.split() == []

@@ -40,7 +40,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"commit"}),
     frozenset({"saving", "loading"}),
     frozenset({"checkpointer"}),
-    frozenset({"api", "lightning", "manager"}),
+    frozenset({"api", "lightning", "manager", "tools"}),
+    frozenset({"cli"}),
 )
 """Module or sub-package names, lowest floor first. Modules of one sub-package may import each other."""
 

@@ -273,7 +273,7 @@ def compared(tmp_path: Path, a: Any, b: Any) -> tools.Comparison:
 
 def test_diff_of_another_layout_and_coding(tmp_path, monkeypatch):
     """What two ranks saved and what one saved are the same if every element is, however it is stored."""
-    monkeypatch.setattr(streaming, "BATCH", 256)
+    monkeypatch.setattr(streaming, "BATCH", 1 << 16)
     shardckpt.save(shardckpt.load(ROOT / "sharded", weights_only=False), tmp_path / "one", compression="zstd")
     found = tools.diff(ROOT / "sharded", tmp_path / "one")
     assert found.tensors

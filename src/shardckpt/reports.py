@@ -25,7 +25,7 @@ class SaveReport:
     def __repr__(self) -> str:
         shared = ", shared with the save before" if self.alias else ""
         return (
-            f"SaveReport({self.path!r}, {_size(self.nbytes)} by {self.world_size} rank(s){shared}, stalled"
+            f"SaveReport({self.path!r}, {size_text(self.nbytes)} by {self.world_size} rank(s){shared}, stalled"
             f" {self.stall_seconds:.3f} s, committed after {self.total_seconds:.3f} s)"
         )
 
@@ -65,15 +65,16 @@ class LoadReport:
             for name in ("missing", "unexpected", "mismatched", "skipped", "left_on_meta")
             if getattr(self, name)
         )
-        received = f" and {_size(self.bytes_received)} received" if self.bytes_received else ""
+        received = f" and {size_text(self.bytes_received)} received" if self.bytes_received else ""
         differences += f", per_rank={[*self.per_rank]}" if self.per_rank else ""
         return (
-            f"LoadReport({self.path!r}, {len(self.restored)} tensors, {_size(self.bytes_read)} read{received} in"
+            f"LoadReport({self.path!r}, {len(self.restored)} tensors, {size_text(self.bytes_read)} read{received} in"
             f" {self.seconds:.3f} s{differences})"
         )
 
 
-def _size(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
+    """Bytes for people."""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":

@@ -1,0 +1,88 @@
+"""Where output goes and how it looks: 80 columns on a terminal, a row a line in a pipe, JSON for programs."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+Meter = Callable[[int, int], None]
+"""Hears of bytes done, and of all bytes."""
+
+_PIPE_WIDTH = 100_000
+
+
+def show(*parts: Text | str | Table | Tree) -> None:
+    """Print to standard output, with names as they are: brackets are no markup.
+
+    In a pipe nothing is wrapped or cut, so that each row is one line, and nothing is coloured.
+    """
+    is_terminal = sys.stdout.isatty()
+    screen = Console(highlight=False, width=None if is_terminal else _PIPE_WIDTH)
+    with screen.capture() as capture:
+        for part in parts:
+            screen.print(Text(part) if isinstance(part, str) else part)
+    # Tables fill their last column with blanks.
+    text = capture.get()
+    typer.echo(text if is_terminal else "\n".join(line.rstrip() for line in text.split("\n")), nl=False)
+
+
+def show_json(value: Any) -> None:
+    """Print a value, dataclasses too, as indented JSON; floats that are not finite are null."""
+    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def complain(message: str) -> None:
+    """Say what is wrong, on standard error."""
+    typer.echo(f"shardckpt: {message}", err=True)
+
+
+def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    """A table without lines; ``numbers`` are aligned to the right and never wrapped."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in columns:
+        is_number = name in numbers
+        made.add_column(name, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
+    return made
+
+
+def row(made: Table, *cells: Any) -> None:
+    """Add cells as they are; None is a dash."""
+    made.add_row(*(cell if isinstance(cell, Text) else Text("-" if cell is None else str(cell)) for cell in cells))
+
+
+@contextmanager
+def meter(what: str) -> Iterator[Meter]:
+    """A bar on standard error while something is read or written; nothing where that is no terminal."""
+    screen = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def ago(seconds: float | None) -> str | None:
+    """An age for people, in its largest unit."""
+    if seconds is None:
+        return None
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def number(value: float | None) -> str | None:
+    """A figure in at most ten characters or so; integers whole."""
+    return None if value is None else f"{value:.4g}" if type(value) is float else str(value)
+
+
+def shorten(text: str, width: int) -> str:
+    """Text of at most ``width`` characters."""
+    return text if len(text) <= width else f"{text[: width - 3]}..."
