@@ -16,7 +16,7 @@ from shardckpt.staging import StagingPool
 from shardckpt.tools.opened import Opened
 
 BATCH: Final = 64 << 20
-"""Bytes of tensors that one batch holds; the buffers of its reading hold as much again at most."""
+"""Bytes of tensors that one batch holds; the buffers of its reading hold about as much again."""
 
 
 def batches(manifest: Manifest, names: Collection[str]) -> Iterator[list[Wanted]]:
@@ -63,5 +63,5 @@ def read(opened: Opened, wanted: Sequence[Wanted], pool: StagingPool) -> list[Te
     dtypes = [torch_dtype(opened.manifest.tensors[plan.stored_name(item.fqn)].dtype) for item in wanted]
     tensors = [torch.empty(item.box.lengths, dtype=dtype) for item, dtype in zip(wanted, dtypes, strict=True)]
     targets = [Target(name, box, tensor) for (name, box), tensor in zip(wanted, tensors, strict=True)]
-    Reading(plan, targets, pool=pool, read_memory=BATCH).alone()
+    Reading(plan, targets, pool=pool).alone()
     return tensors
