@@ -75,7 +75,7 @@ def committed(found: list[Flattened]) -> Manifest:
         state=found[0].skeleton,
         tensors={},
     )
-    values = [None if one.own is None else RankValues(one.own.skeleton) for one in found]
+    values = {rank: None if one.own is None else RankValues(one.own.skeleton) for rank, one in enumerate(found)}
     manifest = mf.decode_manifest(mf.encode(commit.with_values(manifest, values)), "here")
     check_skeleton(manifest, "here")
     return manifest
@@ -263,10 +263,10 @@ def test_ranks_that_disagree_about_a_name():
     """What one rank calls its own no other may have for something else: both are named, and nothing is committed."""
     base = committed([flat({"p": PerRank(0)}), flat({"p": PerRank(1)}, rank=1)])
     with pytest.raises(ConflictingStateError, match="'p' is a PerRank on rank 1, but another value on a rank below"):
-        commit.with_values(msgspec.structs.replace(base, state={"p": 5}), [None, RankValues({"p": 1})])
+        commit.with_values(msgspec.structs.replace(base, state={"p": 5}), {0: None, 1: RankValues({"p": 1})})
     with pytest.raises(ConflictingStateError, match="'o' is the name of a value by rank of rank 0"):
         taken = msgspec.structs.replace(base, objects={"o": ENTRY})
-        commit.with_values(taken, [RankValues({"p": {"$object": "o"}}, objects={"o": ENTRY})])
+        commit.with_values(taken, {0: RankValues({"p": {"$object": "o"}}, objects={"o": ENTRY})})
     with pytest.raises(UsageError, match=r"'p\.rank-0' is the name of a value by rank and of another"):
         flat({"p": PerRank(torch.ones(1)), "p.rank-0": torch.ones(1)})
 

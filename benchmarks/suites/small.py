@@ -24,6 +24,7 @@ from benchmarks.record import Target
 from benchmarks.states import State, small
 from benchmarks.suites.save import check
 from shardckpt import commit, manifest
+from shardckpt.commit import publishing
 from shardckpt.saving import series
 
 COUNT, NBYTES = 20_000, 4096
@@ -120,6 +121,8 @@ WATCHED = (
     ("plan", series, "plan"),
     ("manifest", manifest, "encode"),
     ("manifest", manifest, "decode_rank_manifest"),
+    ("manifest", publishing, "layout_of"),
+    ("manifest", commit, "tables"),
     ("manifest", commit, "assemble"),
 )
 

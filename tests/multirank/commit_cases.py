@@ -2,15 +2,17 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 import shardckpt
-from shardckpt import Checkpointer
+from shardckpt import Checkpointer, PerRank, manifest
 from shardckpt import checkpointer as module
 from shardckpt.saving import halves, jobs, series
 from shardckpt.storage import Storage
@@ -221,3 +223,55 @@ def removed_behind_our_back(rank: int, path: str) -> list[bool]:
     assert shardckpt.load(f"{path}/c")["w"].sum() == 1000
     dist.barrier()
     return aliases
+
+
+@contextmanager
+def parsing() -> Iterator[list[str]]:
+    """Which rank manifests are parsed meanwhile, by name."""
+    parsed: list[str] = []
+    inner = manifest.decode_rank_manifest
+
+    def noted(data: bytes, where: str, **options: Any) -> Any:
+        parsed.append(where)
+        return inner(data, where, **options)
+
+    # A save looks the function up in its module.
+    with mock.patch.object(manifest, "decode_rank_manifest", noted):
+        yield parsed
+
+
+def own_layouts_again(rank: int, path: str) -> dict[str, Any]:
+    """Saves of one plan with tensors by rank: how many rank manifests each parsed, and what each brings back here."""
+    engine = Checkpointer(timeout=30, replicated=["shared"])
+    counts, found = [], []
+    # The plan that all ranks keep knows nothing of rank 1's own tensor.
+    for number, own in enumerate((2, 2, 5, 5, 2)):
+        mine = PerRank(torch.full((own if rank else 2,), float(10 * number + rank)))
+        state = {"shared": torch.full((100,), float(number)), "mine": mine}
+        with parsing() as parsed:
+            engine.save(state, f"{path}/{number}")
+        counts.append(len(parsed))
+    dist.barrier()
+    for number in range(len(counts)):
+        loaded = shardckpt.load(f"{path}/{number}")
+        found.append((loaded["shared"].sum().item(), loaded["mine"].value.tolist()))
+    dist.barrier()
+    return {"counts": counts, "found": found}
+
+
+def plan_again(rank: int, path: str, compression: str | None) -> dict[str, Any]:
+    """Saves of what all ranks hold alike: how many rank manifests each parsed, and what each brings back."""
+    engine = Checkpointer(timeout=30, replicated=True, compression=compression)
+    counts, found = [], []
+    for number in range(3):
+        with parsing() as parsed:
+            # More of it is compressed well with each save.
+            state = {"w": torch.arange(1000.0) // (1 + number), "b": torch.ones(1000), "step": number}
+            engine.save(state, f"{path}/{number}")
+        counts.append(len(parsed))
+    dist.barrier()
+    for number in range(len(counts)):
+        loaded = shardckpt.load(f"{path}/{number}")
+        found.append((loaded["step"], torch.equal(loaded["w"], torch.arange(1000.0) // (1 + number))))
+    dist.barrier()
+    return {"counts": counts, "found": found}

@@ -86,3 +86,21 @@ def test_an_alias_of_a_removed_checkpoint_is_written_anew(tmp_path):
     """Removal is one rank's call: the others learn at the next save that there is nothing left to share."""
     for aliases in ranks.world(2).run(commit_cases.removed_behind_our_back, str(tmp_path)):
         assert aliases == [False, False, True]
+
+
+@pytest.mark.parametrize("compression", (None, "zstd"))
+def test_a_plan_that_is_kept_spares_parsing_what_ranks_wrote(tmp_path, compression):
+    """From a plan's second save on, rank 0 parses only what says more than where tensors lie; each save is its own."""
+    for rank, told in enumerate(ranks.world(2).run(commit_cases.plan_again, str(tmp_path), compression)):
+        # Compressed, each save's bytes lie elsewhere.
+        expected = [2, 2, 2] if compression else [2, 1, 1]
+        assert told["counts"] == (expected if rank == 0 else [0, 0, 0])
+        assert told["found"] == [(0, True), (1, True), (2, True)]
+
+
+def test_a_layout_that_changes_under_a_plan_is_seen(tmp_path):
+    """A rank's own tensors move bytes though the plan stays: no save takes the places of another's."""
+    for rank, told in enumerate(ranks.world(2).run(commit_cases.own_layouts_again, str(tmp_path))):
+        assert told["counts"] == ([2] * 5 if rank == 0 else [0] * 5)
+        sizes = [2, 2, 5, 5, 2] if rank else [2] * 5
+        assert told["found"] == [(100 * n, [10 * n + rank] * size) for n, size in enumerate(sizes)]

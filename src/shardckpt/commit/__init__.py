@@ -5,23 +5,25 @@ is named after the save that wrote it, so a save never touches what it replaces,
 itself.
 """
 
+from shardckpt.commit.assembly import KnownTables, Tables, assemble, now, tables, with_values
 from shardckpt.commit.clearing import abandon, clean, end_lease, prune, remove, running
 from shardckpt.commit.finding import Found, checkpoint_path, find, find_bytes, is_checkpoint, latest, read
 from shardckpt.commit.publishing import (
-    assemble,
+    Written,
     check_unchanged,
-    get_rank_manifest,
     new_save_id,
-    now,
     open_place,
     publish,
     publish_record,
     put_rank_manifest,
-    with_values,
+    read_back,
 )
 
 __all__ = [
     "Found",
+    "KnownTables",
+    "Tables",
+    "Written",
     "abandon",
     "assemble",
     "check_unchanged",
@@ -30,7 +32,6 @@ __all__ = [
     "end_lease",
     "find",
     "find_bytes",
-    "get_rank_manifest",
     "is_checkpoint",
     "latest",
     "new_save_id",
@@ -41,7 +42,9 @@ __all__ = [
     "publish_record",
     "put_rank_manifest",
     "read",
+    "read_back",
     "remove",
     "running",
+    "tables",
     "with_values",
 ]

@@ -1,25 +1,21 @@
 """Publishing: from the first sign of a save in its place to the commit record that makes it a checkpoint."""
 
-import datetime
-import platform
 import secrets
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-import torch
 
 from shardckpt import filenames
 from shardckpt import manifest as mf
 from shardckpt.codecs import digest, digests_text
+from shardckpt.commit.assembly import layout_of
 from shardckpt.commit.clearing import end_lease, take_lease
 from shardckpt.commit.finding import find_bytes
 from shardckpt.errors import (
-    ConflictingStateError,
     CorruptCheckpointError,
     ObjectNotFoundError,
     SaveFailedError,
@@ -28,11 +24,8 @@ from shardckpt.errors import (
     UncertainCommitError,
 )
 from shardckpt.filenames import MANIFEST
-from shardckpt.garbage import held_off
-from shardckpt.manifest import FileEntry, Manifest, RankManifest, RankValues, TensorEntry, TensorHead
-from shardckpt.state import merge
+from shardckpt.manifest import FileEntry, Manifest, RankManifest
 from shardckpt.state.schema import check_skeleton
-from shardckpt.state.skeleton import per_rank_places
 from shardckpt.storage import Storage
 from shardckpt.workers import for_each
 
@@ -94,134 +87,38 @@ def _call(step: Callable[[], None]) -> None:
     step()
 
 
-def put_rank_manifest(storage: Storage, manifest: RankManifest) -> FileEntry:
-    """Make one rank's word durable; returns how the commit record refers to it."""
+class Written(msgspec.Struct, array_like=True):
+    """What a rank tells rank 0 once all of its bytes are durable."""
+
+    file: FileEntry
+    layout: str
+    """See `layout_of`."""
+    speaks: bool
+    """Whether the rank's manifest says more than where its tensors lie, so that it has to be parsed."""
+
+
+def put_rank_manifest(storage: Storage, manifest: RankManifest) -> Written:
+    """Make one rank's word durable; returns what rank 0 has to know of it."""
     data = mf.encode(manifest)
     name = filenames.rank_manifest_name(manifest.rank, manifest.save_id)
     storage.put(name, data, replace=False)
-    return FileEntry(manifest.file, manifest.size, name, len(data), digests_text([digest(data)]))
+    file = FileEntry(manifest.file, manifest.size, name, len(data), digests_text([digest(data)]))
+    speaks = manifest.state is not None or manifest.per_rank is not None or bool(manifest.objects)
+    return Written(file, layout_of(manifest), speaks)
 
 
-def get_rank_manifest(storage: Storage, entry: FileEntry) -> RankManifest:
-    """Read one rank's word back, and hold it against what the rank said it wrote."""
+def read_back(storage: Storage, file: FileEntry) -> bytes:
+    """One rank's manifest as it lies in the place, held against what the rank said it wrote."""
     try:
-        data = storage.get(entry.manifest)
+        data = storage.get(file.manifest)
     except ObjectNotFoundError as error:
         raise SaveFailedError(
-            f"{entry.manifest} was written by its rank but cannot be seen by rank 0 at {storage.url}. All ranks must"
+            f"{file.manifest} was written by its rank but cannot be seen by rank 0 at {storage.url}. All ranks must"
             " save to one shared file system or object store; a node's own disk is not one."
         ) from error
-    if len(data) != entry.manifest_size or digests_text([digest(data)]) != entry.manifest_digest:
-        raise CorruptCheckpointError(f"{storage.url}/{entry.manifest} does not hold what its rank wrote there.")
-    # These are the bytes that the rank encoded, by the digest that it told.
-    return mf.decode_rank_manifest(data, f"{storage.url}/{entry.manifest}", doubted=False)
-
-
-@held_off()
-def assemble(
-    save_id: str,
-    files: Sequence[FileEntry],
-    ranks: Sequence[RankManifest],
-    heads: Mapping[str, TensorHead],
-    aliases: Mapping[str, str],
-) -> Manifest:
-    """The commit record of what the ranks wrote; ``heads`` lists every tensor, also those without elements."""
-    tensors = {fqn: _without_shards(head) for fqn, head in heads.items()}
-    aliases = dict(aliases)
-    for index, rank in enumerate(ranks):
-        if rank.per_rank is not None:
-            _add_own(index, rank.per_rank, tensors, aliases)
-    skeleton = None
-    objects = {}
-    for index, rank in enumerate(ranks):
-        for entry in rank.entries.values():
-            tensor = tensors[entry.fqn]
-            tensor.file.append(index)
-            tensor.offset.append(entry.offset)
-            tensor.nbytes.append(entry.nbytes)
-            tensor.starts.append(entry.starts)
-            tensor.lengths.append(entry.lengths)
-            tensor.codec = entry.codec
-        if rank.state is not None:
-            skeleton = rank.state if skeleton is None else merge(skeleton, rank.state)
-        objects.update({path: entry for path, entry in rank.objects.items() if path not in objects})
-    return with_values(
-        Manifest(
-            save_id=save_id,
-            created=now(),
-            world_size=len(ranks),
-            writer=writer_versions(),
-            files=list(files),
-            state=skeleton,
-            tensors=tensors,
-            aliases=aliases,
-            objects=objects,
-        ),
-        [rank.per_rank for rank in ranks],
-    )
-
-
-def with_values(manifest: Manifest, ranks: Sequence[RankValues | None]) -> Manifest:
-    """``manifest`` with what each rank saved at the places that differ by rank.
-
-    Raises ConflictingStateError where a place is none on the rank whose word counts for it.
-    """
-    per_rank: dict[str, dict[int, Any]] = {}
-    objects = dict(manifest.objects)
-    for rank, values in enumerate(ranks):
-        if values is not None:
-            _check_free(rank, values.objects, manifest.objects)
-            objects.update(values.objects)
-            for place, node in values.nodes.items():
-                per_rank.setdefault(place, {})[rank] = node
-    if per_rank:
-        found = set(per_rank_places(manifest.state))
-        for place, nodes in per_rank.items():
-            if place not in found:
-                raise ConflictingStateError(
-                    f"{place!r} is a PerRank on rank {min(nodes)}, but another value on a rank below it. Make it a"
-                    " PerRank on all ranks, or leave it out where there is nothing to save."
-                )
-    requires = [name for name in manifest.requires if name != mf.PER_RANK] + ([mf.PER_RANK] if per_rank else [])
-    return msgspec.structs.replace(manifest, per_rank=per_rank, objects=objects, requires=requires)
-
-
-def _without_shards(head: TensorHead) -> TensorEntry:
-    # Interned, since msgspec leaves out a default that is the very object, not one that is equal.
-    return TensorEntry(head.dtype, head.shape, [], [], [], [], [], location=sys.intern(head.location))
-
-
-def _add_own(rank: int, own: RankValues, tensors: dict[str, TensorEntry], aliases: dict[str, str]) -> None:
-    for added in (own.tensors, own.aliases):
-        _check_free(rank, added, tensors)
-        _check_free(rank, added, aliases)
-    tensors.update({fqn: _without_shards(head) for fqn, head in own.tensors.items()})
-    aliases.update(own.aliases)
-
-
-def _check_free(rank: int, added: Iterable[str], taken: Mapping[str, Any]) -> None:
-    """Raise ConflictingStateError where a value of one rank has a name that another rank gave to something else."""
-    for name in added:
-        if name in taken:
-            raise ConflictingStateError(
-                f"{name!r} is the name of a value by rank of rank {rank}, and of another value on another rank; rename"
-                " that one's key."
-            )
-
-
-def now() -> str:
-    """The time of a commit, as the manifest says it: UTC, ISO 8601, milliseconds."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def writer_versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        ours = version("shardckpt")
-    except PackageNotFoundError:  # used from a source tree that was never installed
-        ours = "unknown"
-    return {"shardckpt": ours, "torch": str(torch.__version__), "python": platform.python_version()}
+    if len(data) != file.manifest_size or digests_text([digest(data)]) != file.manifest_digest:
+        raise CorruptCheckpointError(f"{storage.url}/{file.manifest} does not hold what its rank wrote there.")
+    return data
 
 
 def publish(storage: Storage, manifest: Manifest, previous: bytes | None) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 
-from shardckpt import commit
+from shardckpt import commit, manifest
 from shardckpt.background import PendingSave
 from shardckpt.coordinator import Operation
 from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError, UncertainCommitError
 from shardckpt.filenames import MANIFEST
-from shardckpt.manifest import FileEntry, Manifest, RankManifest, RankValues
+from shardckpt.manifest import Manifest, RankManifest, RankValues
 from shardckpt.reports import SaveReport
 from shardckpt.saving.own import Own, put_objects, with_objects
 from shardckpt.saving.structure import Structure
@@ -172,9 +172,9 @@ class SaveJob(Job):
         rank_nbytes = 0
         word: bytes | Exception
         try:
-            entry = self._write()
-            rank_nbytes = entry.size
-            word = msgspec.msgpack.encode(entry)
+            written = self._write()
+            rank_nbytes = written.file.size
+            word = msgspec.msgpack.encode(written)
         except Exception as error:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
             word = error
         self._writer = None  # and with it the tensors, which the caller may want to free
@@ -192,44 +192,47 @@ class SaveJob(Job):
             return
         self._finish(order.report(verdict, rank_nbytes=rank_nbytes, alias=False))
 
-    def _write(self) -> FileEntry:
+    def _write(self) -> commit.Written:
         order = self.order
         rank, save_id = order.operation.rank, order.pending.save_id
         if isinstance(self._writer, Exception):
             raise self._writer
         assert self._writer is not None, "a job runs once"
         _find_place(order)
-        manifest = self._writer.run()
+        own_word = self._writer.run()
         objects = order.objects if order.speaks else {}
         own = order.own.objects if order.own is not None else {}
         entries = put_objects(order.storage, rank, save_id, objects | own)
         if order.speaks:
-            manifest.state = order.skeleton
-            manifest.objects = {path: entries[path] for path in objects}
+            own_word.state = order.skeleton
+            own_word.objects = {path: entries[path] for path in objects}
         if order.own is not None:
-            manifest.per_rank = with_objects(order.own, entries)
-        return commit.put_rank_manifest(order.storage, manifest)
+            own_word.per_rank = with_objects(order.own, entries)
+        return commit.put_rank_manifest(order.storage, own_word)
 
     def _conclude(self, words: list[bytes]) -> bytes:
         order = self.order
-        files = [msgspec.msgpack.decode(word, type=FileEntry) for word in words]
-        ranks: dict[int, RankManifest] = {}
+        ranks = [msgspec.msgpack.decode(word, type=commit.Written) for word in words]
+        files, layouts = [rank.file for rank in ranks], [rank.layout for rank in ranks]
+        tables = order.structure.known.get(layouts)
+        said: dict[int, RankManifest] = {}
 
         def read(index: int) -> None:
-            ranks[index] = commit.get_rank_manifest(order.storage, files[index])
+            data = commit.read_back(order.storage, files[index])
+            if tables is None or ranks[index].speaks:
+                # These are the bytes that the rank encoded, by the digest that it told.
+                where = f"{order.storage.url}/{files[index].manifest}"
+                said[index] = manifest.decode_rank_manifest(data, where, doubted=False)
 
         # Whoever has overtaken this save has removed its files; that they are missing would be a poor reason.
         commit.check_unchanged(order.storage, order.previous)
-        for_each(range(len(files)), read, threads=order.storage.width, name="manifests")
-        manifest = commit.assemble(
-            order.pending.save_id,
-            files,
-            [ranks[index] for index in range(len(files))],
-            order.structure.heads,
-            order.structure.aliases,
-        )
-        commit.publish(order.storage, manifest, order.previous)
-        self.committed = manifest
+        for_each(range(len(ranks)), read, threads=order.storage.width, name="manifests")
+        if tables is None:
+            tables = commit.tables(said, order.structure.heads, order.structure.aliases)
+            order.structure.known.keep(layouts, tables)
+        record = commit.assemble(order.pending.save_id, files, tables, said)
+        commit.publish(order.storage, record, order.previous)
+        self.committed = record
         return msgspec.msgpack.encode(sum(file.size for file in files))
 
 
@@ -290,16 +293,16 @@ class AliasJob(Job):
         order.storage.copy_from(self._source.order.storage, self._linked)
         own = order.own.objects if order.own is not None else {}
         entries = put_objects(order.storage, 0, order.pending.save_id, order.objects | own)
-        manifest = msgspec.structs.replace(
+        record = msgspec.structs.replace(
             shared,
             save_id=order.pending.save_id,
             created=commit.now(),
             state=order.skeleton,
             objects={path: entries[path] for path in order.objects},
         )
-        values = [msgspec.json.decode(word, type=RankValues) if word else None for word in words]
+        values = {rank: msgspec.json.decode(word, type=RankValues) if word else None for rank, word in enumerate(words)}
         values[0] = with_objects(order.own, entries) if order.own is not None else None
-        manifest = commit.with_values(manifest, values)
-        commit.publish(order.storage, manifest, order.previous)
-        self.committed = manifest
-        return msgspec.msgpack.encode(sum(file.size for file in manifest.files))
+        record = commit.with_values(record, values)
+        commit.publish(order.storage, record, order.previous)
+        self.committed = record
+        return msgspec.msgpack.encode(sum(file.size for file in record.files))

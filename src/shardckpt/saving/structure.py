@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Final, NamedTuple
 
@@ -12,6 +12,7 @@ import zstandard
 
 from shardckpt.box import Box
 from shardckpt.codecs import ITEMSIZE, digest, digests_text
+from shardckpt.commit import KnownTables
 from shardckpt.coordinator import Operation, turn
 from shardckpt.garbage import held_off
 from shardckpt.manifest import TensorHead
@@ -68,6 +69,8 @@ class Structure:
     """Of raw data, all ranks together."""
     heads: dict[str, TensorHead]
     aliases: dict[str, str]
+    known: KnownTables = field(default_factory=KnownTables)
+    """What rank 0 has made of the last save."""
 
 
 def structure_key(openings: Sequence[Opening]) -> str:
