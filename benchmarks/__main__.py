@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.environment import PEERS, checkout, keep, machine, versions
 from benchmarks.options import Launch, Options
+from benchmarks.peers import installed
 from benchmarks.plots import plot
 from benchmarks.record import Measurement, as_json, judged, rows_of, table
 from benchmarks.s3_server import s3_server
@@ -96,7 +97,7 @@ def run(options: Options) -> dict[str, Any]:
     load, start = os.getloadavg()[0], time.monotonic()
     chosen = suite(options.suite)
     measurements: list[Measurement] = []
-    skipped = {name: _why_not(version) for name, version in versions().items() if name in PEERS}
+    skipped = {name: version for name, version in versions().items() if name in PEERS and name not in installed()}
     launches = list(chosen.launches(options))
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
@@ -179,12 +180,6 @@ def _name(options: Options, record: dict[str, Any]) -> str:
     if options.storage != "local" and options.suite != "s3":
         parts.append(options.storage)
     return "-".join(parts)
-
-
-def _why_not(version: str) -> str:
-    return (
-        version if version == "not installed" else f"{version} is installed, but no contender has been written for it"
-    )
 
 
 if __name__ == "__main__":

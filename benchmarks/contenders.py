@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import StorageReader
 
 import shardckpt
+from benchmarks import peers
 from benchmarks.states import State
 
 
@@ -171,7 +172,7 @@ def savers(group: dist.ProcessGroup, storage: str) -> dict[str, Contender]:
     for threads in (1, 2, 4):
         found[f"DCP, {threads} thread{'s' * (threads > 1)}"] = Dcp(group, threads)
     if storage == "local":
-        found |= {"torch.save": TorchSave(), "safetensors": Safetensors()}
+        found |= {"torch.save": TorchSave(), "safetensors": Safetensors(), **peers.peers(group)}
     return found
 
 
@@ -179,7 +180,7 @@ def loaders(group: dist.ProcessGroup, storage: str) -> dict[str, Contender]:
     """Who can load. DCP reads with one thread, however many wrote."""
     found: dict[str, Contender] = {"shardckpt": Shardckpt(), "DCP": Dcp(group, 1)}
     if storage == "local":
-        found |= {"torch.load": TorchSave(), "safetensors": Safetensors()}
+        found |= {"torch.load": TorchSave(), "safetensors": Safetensors(), **peers.peers(group)}
     return found
 
 
@@ -191,11 +192,14 @@ ASYNC = (
     "DCP, thread",
     "DCP, thread, kept stager",
     "DCP, process, kept stager",
+    *peers.installed(),
 )
 
 
 def async_contender(name: str, group: dist.ProcessGroup) -> AsyncContender:
     """One of `ASYNC`."""
+    if name in peers.installed():
+        return peers.asynchronous(name, group)
     match name:
         case "shardckpt":
             return Shardckpt()

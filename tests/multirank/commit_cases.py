@@ -254,7 +254,7 @@ def own_layouts_again(rank: int, path: str) -> dict[str, Any]:
     dist.barrier()
     for number in range(len(counts)):
         loaded = shardckpt.load(f"{path}/{number}")
-        found.append((loaded["shared"].sum().item(), loaded["mine"].value.tolist()))
+        found.append((loaded["shared"].sum().item(), loaded["mine"][rank].tolist()))
     dist.barrier()
     return {"counts": counts, "found": found}
 
