@@ -22,6 +22,7 @@ class PendingSave:
     """
 
     def __init__(self, path: str, save_id: str) -> None:
+        """``save_id`` is empty where the save failed before it had one."""
         self.path = path
         self.save_id = save_id
         self._finished = threading.Event()
@@ -60,6 +61,11 @@ class PendingSave:
             raise self._error
         assert self._report is not None
         return replace(self._report, stall_seconds=self._stall_seconds)
+
+    def outcome(self) -> SaveReport | SaveFailedError:
+        """Wait until the save is over, and say how it ended. Nobody counts as told of a failure."""
+        self._finished.wait()
+        return self._error or self.result()
 
     @property
     def told(self) -> bool:

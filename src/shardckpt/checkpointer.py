@@ -3,6 +3,8 @@
 Save: flatten → plan → stage → write → commit. Load: manifest → plan → read → place.
 """
 
+import logging
+import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,15 +13,17 @@ from typing import Any, Final
 from shardckpt import commit, coordinator, loading, options, saving
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, turn
-from shardckpt.errors import RankTimeoutError
+from shardckpt.errors import RankTimeoutError, SaveFailedError, StorageError
 from shardckpt.loading import OpenCheckpoint
-from shardckpt.options import Compression, Path, SaveOptions, ShareReads
+from shardckpt.options import Compression, OnSaveError, Path, SaveOptions, ShareReads
 from shardckpt.relocation import MapLocation
 from shardckpt.reports import SaveReport
 from shardckpt.saving import Request, Series
 from shardckpt.staging import StagingPool
 from shardckpt.state import KeyMap, Prefix
 from shardckpt.storage import BLOCK, Storage, open_storage
+
+log = logging.getLogger(__name__)
 
 SYNC_MEMORY: Final = 128 << 20
 """Bytes of staging memory that a synchronous save uses: it need not hold the whole shard."""
@@ -48,6 +52,10 @@ class Checkpointer:
             ``docs/async.md`` for what is noticed and what is not.
         timeout: seconds to wait for the other ranks to make the same call.
         commit_timeout: seconds to wait in the background for the other ranks to finish writing.
+        on_save_error: ``"raise"``: a save that failed is an error of the next call. ``"warn"``: every rank logs it
+            once and counts it in `failed_saves`, and the job goes on with the checkpoints that it has; what the lost
+            one was to replace is kept. This goes for what the storage, a disk or a rank does to a save. A state that
+            cannot be saved, a wrong call, and a rank that does not make the call are errors as ever.
         share_reads: whether ranks that want the same stored bytes read them for each other and pass them on, over
             gloo, in the foreground of a load: True, False, or "auto": where that spares much, and a short trial at the
             start of the load shows that it is faster.
@@ -66,6 +74,7 @@ class Checkpointer:
         overlap: options.Overlap = None,
         timeout: float = 600.0,
         commit_timeout: float = 1800.0,
+        on_save_error: OnSaveError = "raise",
         share_reads: ShareReads = "auto",
         alone: bool = False,
     ) -> None:
@@ -78,7 +87,13 @@ class Checkpointer:
         self._alone = alone
         self._pool = StagingPool()
         self._background = Background()
-        self._series = Series(self._background, commit_timeout=self._commit_timeout)
+        tolerant = options.on_save_error(on_save_error) == "warn"
+        self._series = Series(self._background, commit_timeout=self._commit_timeout, tolerant=tolerant)
+
+    @property
+    def failed_saves(self) -> int:
+        """How many saves have failed in the background so far; under ``on_save_error="warn"``, how many at all."""
+        return self._series.queue.failed
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -91,12 +106,19 @@ class Checkpointer:
         state_version: Hashable | None = None,
         save_options: SaveOptions | None = None,
     ) -> SaveReport:
-        """Save ``state`` to ``path`` and return once it is committed; otherwise as `async_save`."""
+        """Save ``state`` to ``path`` and return once it is committed; otherwise as `async_save`.
+
+        Under ``on_save_error="warn"`` the report of a save that failed has an ``error``.
+        """
+        started = time.monotonic()
         chosen = replace(save_options or self._save_options, overlap=None)  # it waits for more than the copy
         opener = partial(self._open_storage, storage_options)
         pending = self._start(Request(state, path, opener, state_version, chosen, SYNC_MEMORY))
-        report = pending.result()
-        return replace(report, stall_seconds=report.total_seconds)
+        outcome = pending.outcome() if self._series.queue.tolerant else pending.result()
+        if isinstance(outcome, SaveFailedError):
+            seconds, world_size = time.monotonic() - started, self._rank_and_world_size()[1]
+            return SaveReport(pending.path, pending.save_id, world_size, 0, 0, seconds, seconds, error=str(outcome))
+        return replace(outcome, stall_seconds=outcome.total_seconds)
 
     def async_save(
         self,
@@ -118,7 +140,8 @@ class Checkpointer:
 
         Raises, on every rank, what any rank met before the first byte was written: UnserialisableError, UsageError,
         ConflictingStateError, StorageError and its kinds, RankTimeoutError; and SaveFailedError for the save before
-        this one, if it failed and nobody has been told.
+        this one, if it failed and nobody has been told. Under ``on_save_error="warn"`` neither that nor a StorageError
+        is raised: the save that is returned has failed, and its `PendingSave.result` says of what.
         """
         chosen = save_options or self._save_options
         opener = partial(self._open_storage, storage_options)
@@ -225,22 +248,28 @@ class Checkpointer:
         """Remove the checkpoint at ``path``; called by one rank, and the others need not know.
 
         While a save is in flight, the removal waits for it in the background, and is dropped if it fails: the last good
-        checkpoint is not removed before the one that replaces it is committed. A symbolic link is unlinked.
+        checkpoint is not removed before the one that replaces it is committed. A symbolic link is unlinked. Raises
+        StorageError, which in the background, and under ``on_save_error="warn"``, is logged instead.
         """
         self._background.check_fork()
-        self._series.remove(self._open_storage(storage_options, commit.checkpoint_path(path)))
+        try:
+            self._series.remove(self._open_storage(storage_options, commit.checkpoint_path(path)))
+        except StorageError as error:  # on this rank alone, while the others go on
+            if not self._series.queue.tolerant:
+                raise
+            log.warning("could not remove %s: %s", path, error)
 
     def prepare(self, state: Any) -> None:
         """Allocate and touch, in the background, the memory that saving ``state`` will need."""
         self._background.check_fork()
-        rank, world_size = (0, 1) if self._alone else coordinator.rank_and_world_size()
+        rank, world_size = self._rank_and_world_size()
         flat = saving.flatten_selected(state, self._save_options, rank)
         # The header is not known yet, and rarely larger than a block.
         nbytes = saving.bytes_to_stage(flat, world_size) + BLOCK
         self._pool.warm(saving.bytes_to_hold(nbytes, self._staging_limit))
 
     def wait(self) -> None:
-        """Until nothing is in flight. Raises the SaveFailedError that nobody has been told of yet."""
+        """Until nothing is in flight. Raises the SaveFailedError that nobody has been told of, if that is to raise."""
         self._series.queue.drain()
 
     def close(self) -> None:
@@ -252,6 +281,9 @@ class Checkpointer:
             self._pool.close()
             self._pool = StagingPool()
             self._series.forget()
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        return (0, 1) if self._alone else coordinator.rank_and_world_size()
 
     def _begin_load(self, call: str) -> Operation:
         saving.wait_for_copies()  # another Checkpointer's too: what is read may go into what it copies

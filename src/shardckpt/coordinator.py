@@ -49,6 +49,8 @@ class Operation(Protocol):
 
     rank: int
     world_size: int
+    verdict: Exception | None
+    """What an agreement failed of in the words of rank 0, so that its class is the same on all ranks that heard it."""
 
     def agree(self, point: str, word: bytes | Exception, timeout: float | None = None) -> list[bytes]:
         """Say ``word`` and hear everyone's, by rank. Raises on every rank if any rank said an error.
@@ -149,6 +151,7 @@ class _SoloOperation:
     world_size = 1
 
     def __init__(self) -> None:
+        self.verdict: Exception | None = None
         self._said: dict[str, bytes] = {}
 
     def agree(
@@ -158,6 +161,7 @@ class _SoloOperation:
         timeout: float | None = None,  # noqa: ARG002
     ) -> list[bytes]:
         if isinstance(word, Exception):
+            self.verdict = word
             raise word
         return [word]
 
@@ -192,6 +196,7 @@ class _StoreOperation:
     def __init__(self, store: WordStore, number: int, call: str, rank: int, world_size: int, timeout: float) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.verdict: Exception | None = None
         self._store = store
         self._number = number
         self._call = call
@@ -219,7 +224,8 @@ class _StoreOperation:
                 raise
             self.announce(point, msgspec.msgpack.encode(words))
             return words
-        except ShardckptError:
+        except ShardckptError as error:
+            self.verdict = error
             if isinstance(word, Exception):
                 # The rank that failed has the error itself, with its traceback; the others have its words.
                 raise word from None

@@ -11,6 +11,7 @@ Compression = Literal["zstd"] | tuple[Literal["zstd"], int] | None
 Path = str | os.PathLike[str]
 ShareReads = Literal["auto"] | bool
 Overlap = Literal["step"] | None
+OnSaveError = Literal["raise", "warn"]
 
 _DEFAULT_LEVEL: Final = 1
 """zstd's level where none is named: checkpoints are written often, and noise compresses no better at higher ones."""
@@ -79,6 +80,16 @@ def check_overlap(value: Any) -> Overlap:
         case None | "step":
             return value
     raise UsageError(f"overlap is 'step' or None, not {value!r}")
+
+
+def on_save_error(value: Any) -> OnSaveError:
+    """``value``, if it is "raise" or "warn"."""
+    match value:
+        case "raise":
+            return "raise"
+        case "warn":
+            return "warn"
+    raise UsageError(f"on_save_error is 'raise' or 'warn', not {value!r}")
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:

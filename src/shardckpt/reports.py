@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SaveReport:
-    """A committed save. Sizes are bytes, times seconds."""
+    """A committed save, or, where there is an ``error``, one that failed. Sizes are bytes, times seconds."""
 
     path: str
     save_id: str
@@ -21,8 +21,12 @@ class SaveReport:
     """From the call to the commit, as this rank saw it."""
     alias: bool = False
     """Whether the shards were shared with the save before, since nothing had changed."""
+    error: str | None = None
+    """Why there is no checkpoint: only under ``on_save_error="warn"``, and the sizes are 0 then."""
 
     def __repr__(self) -> str:
+        if self.error is not None:
+            return f"SaveReport({self.path!r}, failed: {self.error})"
         shared = ", shared with the save before" if self.alias else ""
         return (
             f"SaveReport({self.path!r}, {size_text(self.nbytes)} by {self.world_size} rank(s){shared}, stalled"

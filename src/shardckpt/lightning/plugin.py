@@ -42,8 +42,8 @@ class ShardedCheckpointIO(_CheckpointIO):
 
     Args:
         options: those of `shardckpt.Checkpointer`, passed on as they are: ``storage_options``, ``compression``,
-            ``replicated``, ``include``, ``exclude``, ``staging_limit``, ``overlap``, ``timeout``, ``commit_timeout``
-            and ``share_reads``.
+            ``replicated``, ``include``, ``exclude``, ``staging_limit``, ``overlap``, ``timeout``, ``commit_timeout``,
+            ``on_save_error`` and ``share_reads``.
 
     Raises:
         UsageError: an option is unknown or has an impossible value.
@@ -63,6 +63,9 @@ class ShardedCheckpointIO(_CheckpointIO):
         self._quiet = False
         self._warned = False
         self._latest: PendingSave | None = None
+        self._asked: list[tuple[str, PendingSave]] = []
+        """Removals that wait for a save, and so come to nothing if it fails: they are asked for again then."""
+        self._failed_alone = 0
         self.twins = Twins()
         self.places = Places(self._options.get("storage_options"))
         self.displaced = ordinary.Displaced()
@@ -92,6 +95,12 @@ class ShardedCheckpointIO(_CheckpointIO):
             self._checkpointer = self._make(alone=False)
             self._pid = os.getpid()
         return self._checkpointer
+
+    @property
+    def failed_saves(self) -> int:
+        """How many saves have failed so far in this process; ``on_save_error="warn"`` goes on after each."""
+        own = 0 if self._checkpointer is None else self._checkpointer.failed_saves
+        return own + self._failed_alone
 
     @property
     def overlaps(self) -> bool:
@@ -126,6 +135,7 @@ class ShardedCheckpointIO(_CheckpointIO):
             way.make(text)
             state = plain(checkpoint)  # a state dict as it is: the versions of its modules are an attribute of it
             alone.save(state if isinstance(state, dict) else dict(state), text, storage_options=storage_options)
+            self._failed_alone += alone.failed_saves
         self.places.wrote(text, storage_options)
 
     def load_checkpoint(  # type: ignore[override]  # what it returns is that of the documented contract
@@ -165,14 +175,23 @@ class ShardedCheckpointIO(_CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint, once the save in flight is committed; if that fails, the older one is kept.
 
-        A symbolic link is unlinked, never followed. Ordinary files and directories are removed as Lightning does it.
+        It is kept until the next removal then, since nobody asks for its own again. A symbolic link is unlinked, never
+        followed. Ordinary files and directories are removed as Lightning does it.
         """
-        text = checkpoint_path(path)
-        options = self.places.options_for(text)
-        latest = self._latest
+        again = [asked for asked, save in self._asked if save.done() and not save.succeeded()]
+        self._asked = [(asked, save) for asked, save in self._asked if not save.done()]
+        for text in dict.fromkeys([checkpoint_path(path), *again]):
+            self._remove(text)
+
+    def _remove(self, text: str) -> None:
         if ordinary.is_link(text):
             ordinary.remove(text)
-        elif latest is not None and latest.done() and not latest.succeeded():
+            return
+        options = self.places.options_for(text)
+        latest = self._latest
+        if latest is not None:
+            self._asked.append((text, latest))
+        if latest is not None and latest.done() and not latest.succeeded():
             log.warning("keeping %s: the save that was to replace it failed", text)
         elif self.places.has_ours(text):
             self.checkpointer.remove(text, storage_options=options)
@@ -226,6 +245,7 @@ class ShardedCheckpointIO(_CheckpointIO):
                     # What it interrupts goes on after it: so it waits for nothing of that, and changes nothing of it.
                     with closing(self._make(alone=False)) as own:
                         self._save(own, checkpoint, path, storage_options, running._replace(asynchronous=False))
+                        self._failed_alone += own.failed_saves
                 else:
                     self._latest = self._save(self.checkpointer, checkpoint, path, storage_options, running)
             except Exception as error:
@@ -248,6 +268,7 @@ class ShardedCheckpointIO(_CheckpointIO):
             timeout=self.timeout,
         )
         self.places.wrote(text, options)
+        self._asked = [(asked, save) for asked, save in self._asked if asked != text]
         model_checkpoint.forget_listing(text, self.places.options_for(text))
         return pending
 

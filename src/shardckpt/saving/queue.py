@@ -3,7 +3,7 @@
 import logging
 
 from shardckpt import commit
-from shardckpt.background import Background
+from shardckpt.background import Background, PendingSave
 from shardckpt.errors import ShardckptError
 from shardckpt.saving.jobs import Job
 from shardckpt.saving.overlap import wait_for_copies
@@ -13,14 +13,32 @@ log = logging.getLogger(__name__)
 
 
 class Queue:
-    """What is under way, and what has ended since the last `drain` that somebody may have to be told of."""
+    """What is under way, and what has ended since the last `drain` that somebody may have to be told of.
 
-    def __init__(self, background: Background) -> None:
+    ``tolerant``: of a failure nobody is told but by the log and the count.
+    """
+
+    def __init__(self, background: Background, *, tolerant: bool) -> None:
+        self.tolerant = tolerant
         self._background = background
         self._jobs: list[Job] = []
         self._to_remove: list[str] = []
+        self._newest: PendingSave | None = None
+        self._failed = 0
+        """Of the saves that are no longer in `_jobs`."""
+
+    @property
+    def failed(self) -> int:
+        """How many saves have failed so far."""
+        return self._failed + sum(pending.done() and not pending.succeeded() for pending in self._pending())
+
+    def lose(self, pending: PendingSave) -> None:
+        """Note a save that failed before there was a job for it."""
+        self._newest = pending
+        self._failed += 1
 
     def submit(self, job: Job) -> None:
+        self._newest = job.order.pending
         self._jobs.append(job)
         try:
             self._background.submit(job.run)
@@ -31,7 +49,9 @@ class Queue:
 
     def remove(self, storage: Storage) -> None:
         """Remove a checkpoint once the saves in flight are committed; if one fails, it is kept."""
-        waiting_for = [job.order.pending for job in self._jobs if not job.order.pending.told]
+        # The newest counts for longer: under "warn" it may have failed and be none of the jobs any more.
+        saves = self._pending() if self._newest is None else [*self._pending(), self._newest]
+        waiting_for = [pending for pending in saves if not pending.told]
         if not self._background.busy and all(pending.succeeded() for pending in waiting_for):
             commit.remove(storage)
             return
@@ -57,12 +77,19 @@ class Queue:
         return url in saving or url in self._to_remove
 
     def drain(self) -> None:
-        """Until nothing is under way. Raises the SaveFailedError that nobody has been told of yet."""
+        """Until nothing is under way. Unless tolerant, raises the SaveFailedError that nobody has been told of yet."""
         self._background.wait()
+        pending = self._pending()
         # A save that has failed may still be copying.
-        wait_for_copies([job.order.pending for job in self._jobs])
-        failures = [error for job in self._jobs if (error := job.order.pending.unreported_error()) is not None]
+        wait_for_copies(pending)
+        self._failed += sum(not save.succeeded() for save in pending)
         self._jobs.clear()
         self._to_remove.clear()
+        if self.tolerant:
+            return
+        failures = [error for save in pending if (error := save.unreported_error()) is not None]
         if failures:
             raise failures[0]
+
+    def _pending(self) -> list[PendingSave]:
+        return [job.order.pending for job in self._jobs]

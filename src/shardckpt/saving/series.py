@@ -15,10 +15,10 @@ import msgspec
 from shardckpt import commit
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, turn
-from shardckpt.errors import RemoteError
+from shardckpt.errors import RemoteError, StorageError
 from shardckpt.options import Path, SaveOptions
 from shardckpt.saving.halves import write
-from shardckpt.saving.jobs import AliasJob, Job, Order
+from shardckpt.saving.jobs import AliasJob, Job, Order, failure
 from shardckpt.saving.own import describe, own_sources
 from shardckpt.saving.queue import Queue
 from shardckpt.saving.structure import (
@@ -80,11 +80,12 @@ class _Opened(NamedTuple):
 class Series:
     """Begins saves, one after the other; ``queue`` has those that are under way.
 
-    ``commit_timeout`` is in seconds: how long the background waits for the other ranks to finish writing.
+    ``commit_timeout`` is in seconds: how long the background waits for the other ranks to finish writing. ``tolerant``:
+    a save that the storage refuses is over, and failed, when its call returns, and nothing is raised.
     """
 
-    def __init__(self, background: Background, *, commit_timeout: float) -> None:
-        self.queue = Queue(background)
+    def __init__(self, background: Background, *, commit_timeout: float, tolerant: bool) -> None:
+        self.queue = Queue(background, tolerant=tolerant)
         self._background = background
         self._commit_timeout = commit_timeout
         self._last: Last | None = None
@@ -102,6 +103,19 @@ class Series:
 
     def begin(self, request: Request, operation: Operation, pool: StagingPool) -> PendingSave:
         """Begin a save, on every rank alike; returns once the state may change."""
+        try:
+            return self._begin(request, operation, pool)
+        except Exception as error:
+            # By what all ranks heard, and not by `error`: where several failed, each has one of its own.
+            if not self.queue.tolerant or not isinstance(operation.verdict, StorageError):
+                raise
+            lost = PendingSave(path := commit.checkpoint_path(request.path), "")
+            lost.mark_staged()
+            lost.resolve(failure(path, error))
+            self.queue.lose(lost)
+            return lost
+
+    def _begin(self, request: Request, operation: Operation, pool: StagingPool) -> PendingSave:
         rank = operation.rank
         path, storage, flat, stepped, openings = self._open(request, operation)
         source = self._last.job if self._last is not None and may_share(openings, self._structure) else None
