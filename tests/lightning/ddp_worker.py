@@ -6,6 +6,7 @@ A case returns something that JSON can say. One that raises ends this rank, sinc
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -214,6 +215,78 @@ def failing_at_the_end() -> Any:
     return "nothing was raised"
 
 
+def going_on() -> Any:
+    """One rank cannot write, and the run is to go on: what is complete at the end, and how many saves have failed."""
+    undo = fail_on_rank_one("epoch=1")
+    io = ShardedCheckpointIO(on_save_error="warn", timeout=20, commit_timeout=60)
+    folder = FOLDER / "going-on"
+    there = []
+
+    class Looking(L.callbacks.Callback):  # type: ignore[misc]
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            io.wait()
+            trainer.strategy.barrier()
+            there.append(sorted(toy.complete(folder)))
+            trainer.strategy.barrier()
+
+    try:
+        fit(folder, checkpoint={"filename": "{epoch}"}, callbacks=[Looking()], max_epochs=4, plugins=[io])
+        torch.distributed.barrier()
+    finally:
+        undo()
+    return there[1:], io.failed_saves, sorted(path.name for path in folder.iterdir())
+
+
+def taking_the_latest() -> Any:
+    """``last.ckpt`` is cut short: the error of each rank, and where each goes on with ``resume="latest"``."""
+    folder = FOLDER / "cut-short"
+    options = {"filename": "{epoch}", "save_top_k": -1, "save_last": True}
+    fit(folder, checkpoint=options, max_epochs=2)
+    trainer = fit(folder, ckpt_path=folder / "epoch=1.ckpt", max_epochs=2)
+    start = trainer.record.start
+    trainer.strategy.barrier()
+    if RANK == 0:
+        (folder / "last.ckpt" / "manifest.json").unlink()
+    trainer.strategy.barrier()
+    told = []
+    for path in ("last", folder / "last.ckpt"):
+        try:
+            fit(folder, checkpoint=options, ckpt_path=path, max_epochs=3)
+        except shardckpt.CheckpointNotFoundError as error:
+            told.append("epoch=1.ckpt" in str(error) and 'resume="latest"' in str(error))
+        trainer.strategy.barrier()
+        io = ShardedCheckpointIO(resume="latest", timeout=20, commit_timeout=60)
+        again = fit(folder, checkpoint=options, ckpt_path=path, max_epochs=2, plugins=[io])
+        told.append(again.record.start == start)
+    return told
+
+
+def terminated() -> Any:
+    """SIGTERM to all ranks while a save is in flight: how the run ends, and what rank 0 finds then."""
+    folder, publish = FOLDER / "terminated", commit.publish
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.5)
+        publish(*args)
+
+    class Saving(L.callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(folder / "a.ckpt")
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    commit.publish = slowly
+    try:
+        fit(folder, callbacks=[Saving()], max_epochs=1)
+    except SystemExit as error:
+        ended = type(error).__name__
+    else:
+        ended = "not at all"
+    finally:
+        commit.publish = publish
+    return ended, sorted(toy.complete(folder)), RANK or len(list((folder / "a.ckpt").iterdir()))
+
+
 def evaluate() -> Any:
     """``validate`` under DDP takes the weights of a checkpoint."""
     model = Toy()
@@ -329,6 +402,9 @@ CASES: dict[str, Callable[[], Any]] = {
         marked_by_rank,
         zero_redundancy,
         failing_rank,
+        going_on,
+        taking_the_latest,
+        terminated,
         failing_at_the_end,
         evaluate,
         missing,

@@ -30,6 +30,7 @@ def two(folder: Path, s3_server: S3Server, s3_client: Any) -> ddp_job.Outcomes:
     cases = ["even_parts", "uninterrupted", "write", "other_names", "rank_zeros_word", "evaluate", "missing", "on_s3"]
     cases += ["marked_by_rank"]
     cases += ["zero_redundancy", "failing_rank", "failing_at_the_end", "unbound"]
+    cases += ["going_on", "taking_the_latest", "terminated"]
     cases += ["touched_on_one_rank", "options_of_a_call", "failing_wait", "alone"]
     environment = s3_server.environment | {"TEST_S3_URL": "s3://lightning-ddp/run"}
     return ddp_job.run(2, "lightning.pytorch", folder, cases, environment=environment, seconds=180)
@@ -142,6 +143,22 @@ def test_a_failing_rank_is_everyones_error(two: ddp_job.Outcomes) -> None:
         assert complete == ["epoch=0.ckpt"]
     assert "rank 1" in two.of("failing_rank")[0][0]
     assert all("no room on this node" in message for message in two.of("failing_at_the_end"))
+
+
+def test_a_failing_rank_need_not_end_the_run(two: ddp_job.Outcomes) -> None:
+    """With ``on_save_error="warn"`` all ranks count the failure, and the last good one stays until there is another."""
+    there = [["epoch=0.ckpt"], ["epoch=0.ckpt"], ["epoch=2.ckpt"]]
+    assert two.of("going_on") == [[there, 1, ["epoch=3.ckpt"]]] * 2
+
+
+def test_every_rank_goes_on_from_the_same_newest_one(two: ddp_job.Outcomes) -> None:
+    """A ``last.ckpt`` that was cut short is every rank's error, or every rank goes on from the newest complete one."""
+    assert two.of("taking_the_latest") == [[True] * 4] * 2
+
+
+def test_preemption_waits_for_the_save_in_flight(two: ddp_job.Outcomes) -> None:
+    """SIGTERM on all ranks: each ends as Lightning has it, after the checkpoint that was in flight is complete."""
+    assert two.of("terminated") == [["SIGTERMException", ["a.ckpt"], files] for files in (5, 1)]
 
 
 def test_a_hook_on_one_rank_does_not_part_the_ranks(two: ddp_job.Outcomes) -> None:

@@ -8,6 +8,7 @@ import pytest
 import toy
 from fsspec.implementations.memory import MemoryFileSystem
 
+from shardckpt import CheckpointNotFoundError
 from shardckpt.lightning import ShardedCheckpointIO
 
 
@@ -40,8 +41,8 @@ def guarded() -> Any:
     return Guarded(**OPTIONS)
 
 
-def plugin() -> ShardedCheckpointIO:
-    return ShardedCheckpointIO(storage_options=OPTIONS, timeout=30)
+def plugin(resume: Any = None) -> ShardedCheckpointIO:
+    return ShardedCheckpointIO(resume=resume, storage_options=OPTIONS, timeout=30)
 
 
 def test_a_fresh_plugin_resumes_and_removes(guarded: Any, tmp_path: Path, lightning: Any, Toy: Any) -> None:
@@ -87,4 +88,7 @@ def test_last_is_found_behind_options(guarded: Any, tmp_path: Path, lightning: A
     assert dates.exists(f"{URL}/last.ckpt")
     assert dates.modified(f"{URL}/last.ckpt") is not None
     guarded.rm("/run/last.ckpt/manifest.json")
-    assert callback._find_last_checkpoints(fresh) == {f"{URL}/a.ckpt/manifest.json"}
+    with pytest.raises(CheckpointNotFoundError, match="a.ckpt"):
+        callback._find_last_checkpoints(fresh)
+    tolerant = toy.trainer(lightning, tmp_path, plugins=[plugin(resume="latest")])
+    assert callback._find_last_checkpoints(tolerant) == {f"{URL}/a.ckpt/manifest.json"}

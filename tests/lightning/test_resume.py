@@ -344,17 +344,6 @@ def test_best_and_last_are_found(tmp_path: Path, lightning: Any, Toy: Any) -> No
     assert {name: toy.digest(value) for name, value in fresh.state_dict().items()} == trained
 
 
-def test_last_falls_back_to_what_is_complete(tmp_path: Path, lightning: Any, Toy: Any, caplog: Any) -> None:
-    """A job that died while writing ``last.ckpt`` resumes from the newest complete checkpoint, and says so."""
-    run = toy.trainer(lightning, tmp_path, checkpoint={"filename": "{epoch}", "save_top_k": -1, "save_last": True})
-    run.fit(Toy(), toy.loader())
-    (tmp_path / "last.ckpt" / "manifest.json").unlink()
-    again = toy.trainer(lightning, tmp_path, checkpoint={"save_last": True}, max_epochs=2)
-    again.fit(Toy(), toy.loader(), ckpt_path="last")
-    assert again.ckpt_path == str(tmp_path / "epoch=1.ckpt")
-    assert "last.ckpt is not complete" in caplog.text
-
-
 def test_weights_alone_do_not_resume(tmp_path: Path, lightning: Any, Toy: Any) -> None:
     """``save_weights_only`` is honoured: validating works, resuming fails as it does in stock Lightning."""
     run = toy.trainer(lightning, tmp_path, checkpoint={"filename": "w", "save_weights_only": True}, max_epochs=1)

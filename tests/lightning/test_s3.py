@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import toy
 
+from shardckpt import CheckpointNotFoundError
 from shardckpt.lightning import ShardedCheckpointIO, model_checkpoint
 
 pytestmark = pytest.mark.s3
@@ -54,12 +55,15 @@ def test_what_was_resumed_from_stays(s3_place: Any, lightning: Any, Toy: Any) ->
 
 
 def test_last_takes_only_what_is_complete(s3_place: Any, lightning: Any, Toy: Any, caplog: Any) -> None:
-    """A ``last.ckpt`` without a manifest is not resumed from: the newest complete one is, and the log says so."""
+    """A ``last.ckpt`` without a manifest is not resumed from: with ``resume="latest"`` the newest complete one is."""
     options = {"filename": "{epoch}", "save_top_k": -1, "save_last": True}
     toy.trainer(lightning, s3_place.url, checkpoint=options).fit(Toy(), toy.loader())
     s3_place.client.delete_object(Bucket=s3_place.bucket, Key="run/last.ckpt/manifest.json")
     model_checkpoint.forget_listing(f"{s3_place.url}/last.ckpt")
-    run = toy.trainer(lightning, s3_place.url, checkpoint=options)
+    with pytest.raises(CheckpointNotFoundError, match="newest complete checkpoint beside it is s3://.*epoch=1.ckpt"):
+        toy.trainer(lightning, s3_place.url, checkpoint=options).fit(Toy(), toy.loader(), ckpt_path="last")
+    plugins = [ShardedCheckpointIO(resume="latest")]
+    run = toy.trainer(lightning, s3_place.url, checkpoint=options, plugins=plugins)
     run.fit(Toy(), toy.loader(), ckpt_path="last")
     assert run.ckpt_path == f"{s3_place.url}/epoch=1.ckpt/manifest.json"
     assert "last.ckpt is not complete" in caplog.text

@@ -9,20 +9,20 @@ Some functions of Lightning's are wrapped for that. Trainers without the plugin 
 """
 
 import logging
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
 
-from shardckpt.commit import checkpoint_path, is_checkpoint, latest
+from shardckpt.commit import checkpoint_path, is_checkpoint
 from shardckpt.errors import ShardckptError
 from shardckpt.filenames import MANIFEST
 from shardckpt.lightning import flavours, ordinary
 from shardckpt.lightning.living import living
+from shardckpt.lightning.places import Places
 from shardckpt.storage import join, local_path, open_storage, split
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def _requeued(stock: Callable[..., str | None]) -> Callable[..., str | None]:
     def _hpc_resume_path(self: Any) -> str | None:
         found = stock(self)
         plugin = _plugin_of(self.trainer)
-        return found if found is None or plugin is None else _complete(found, plugin.places.options_for(found))
+        # Nobody is there to be told of what another job left half done.
+        return found if found is None or plugin is None else plugin.places.complete(found, "latest")
 
     return _hpc_resume_path
 
@@ -95,38 +96,29 @@ def _finding(stock: Callable[..., set[str]]) -> Callable[..., set[str]]:
         if plugin is None:
             return stock(self, trainer)
         folder = str(self._ModelCheckpoint__resolve_ckpt_dir(trainer))
-        options = plugin.places.options_for(folder)
         last = re.compile(rf"^{re.escape(self.CHECKPOINT_NAME_LAST)}(-(\d+))?")
+
+        def named_last(paths: Iterable[str]) -> set[str]:
+            names = {path: PurePosixPath(split(path)[1]) for path in paths}
+            return {path for path, n in names.items() if n.suffix == self.FILE_EXTENSION and last.match(n.stem)}
+
         if local_path(folder) is not None:
-            asides = [PurePosixPath(name) for name in ordinary.stepped_aside(folder)]
-            candidates = stock(self, trainer) | {
-                str(n) for n in asides if n.suffix == self.FILE_EXTENSION and last.match(n.stem)
-            }
-            return {whole for path in candidates if (whole := _complete(path, options)) is not None}
-        names = [PurePosixPath(name) for name in open_storage(folder, options).children()]
-        lasts = [join(folder, str(n)) for n in names if n.suffix == self.FILE_EXTENSION and last.match(n.stem)]
-        found = {join(whole, MANIFEST) for path in lasts if (whole := _complete(path, options)) is not None}
-        return found or stock(self, trainer)
+            return _whole(plugin.places, stock(self, trainer) | named_last(ordinary.stepped_aside(folder)))
+        children = open_storage(folder, plugin.places.options_for(folder)).children()
+        found = _whole(plugin.places, named_last(join(folder, name) for name in children))
+        return {join(path, MANIFEST) for path in found} or stock(self, trainer)
 
     return _find_last_checkpoints
 
 
-def _complete(path: str, options: Options) -> str | None:
-    """``path``, unless it is a sharded checkpoint that was never completed.
-
-    Then the ordinary file that it was to replace, if there is one, else the newest complete checkpoint beside it.
-    """
-    if (standing := ordinary.standing(path, options)) != path:
-        return standing
-    dangling = os.path.islink(path) and not os.path.exists(path)
-    if not dangling and (is_checkpoint(path, options) or not ordinary.is_ours(path, options)):
-        return path
-    newest = latest(split(path)[0], options)
-    if newest is None:
-        log.warning("%s is not complete: its save was cut short, and no complete checkpoint lies beside it", path)
-    else:
-        log.warning("%s is not complete: its save was cut short. Taking the newest complete one, %s", path, newest)
-    return newest
+def _whole(places: Places, candidates: set[str]) -> set[str]:
+    """The candidates for "last" that are complete, and what is taken in place of those cut short."""
+    cut = {path for path in candidates if places.is_cut_short(path)}
+    if places.resume is None and cut != candidates:
+        for path in sorted(cut):
+            log.warning("%s is not complete: its save was cut short. It is not taken for the last checkpoint", path)
+        return candidates - cut
+    return {found for path in sorted(candidates) if (found := places.complete(path)) is not None}
 
 
 def _sparing(stock: Callable[..., bool]) -> Callable[..., bool]:

@@ -23,7 +23,7 @@ from shardckpt.lightning import agreement, fabric, flavours, from_checkpoint, mo
 from shardckpt.lightning.every_rank import save
 from shardckpt.lightning.lazy import plain
 from shardckpt.lightning.living import living
-from shardckpt.lightning.places import Places
+from shardckpt.lightning.places import Places, Resume
 from shardckpt.lightning.sharing import Nesting, Running, Twins
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class ShardedCheckpointIO(_CheckpointIO):
     goes on, and it resumes on any number of processes, under any of these. Ordinary ``.ckpt`` files still load.
 
     Args:
+        resume: what to do about a checkpoint that was never completed, where a path or "last" leads to one: None for an
+            error that names the newest complete one beside it, ``"latest"`` to take that, with a warning.
         options: those of `shardckpt.Checkpointer`, passed on as they are: ``storage_options``, ``compression``,
             ``replicated``, ``include``, ``exclude``, ``staging_limit``, ``overlap``, ``timeout``, ``commit_timeout``,
             ``on_save_error`` and ``share_reads``.
@@ -49,8 +51,9 @@ class ShardedCheckpointIO(_CheckpointIO):
         UsageError: an option is unknown or has an impossible value.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, resume: Resume = None, **options: Any) -> None:
         super().__init__()
+        self._resume = resume
         self._options = options
         self._start()
         self._make(alone=False)  # so that a wrong option is known here, and not at the first save
@@ -67,7 +70,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         """Removals that wait for a save, and so come to nothing if it fails: they are asked for again then."""
         self._failed_alone = 0
         self.twins = Twins()
-        self.places = Places(self._options.get("storage_options"))
+        self.places = Places(self._options.get("storage_options"), self._resume)
         self.displaced = ordinary.Displaced()
         flavours.register(type(self))
         from_checkpoint.install()
@@ -82,10 +85,10 @@ class ShardedCheckpointIO(_CheckpointIO):
             raise UsageError(f"ShardedCheckpointIO takes the options of shardckpt.Checkpointer: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"options": self._options}
+        return {"options": self._options, "resume": self._resume}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._options = state["options"]
+        self._options, self._resume = state["options"], state["resume"]
         self._start()
 
     @property
