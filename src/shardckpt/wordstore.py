@@ -2,7 +2,8 @@
 
 import datetime
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from shardckpt.errors import RankTimeoutError
@@ -35,7 +36,8 @@ class WordStore:
         known = _clones.get(owner)
         if known is None or known[0]() is not self.origin:
             # The Store of an older torch has no clone; a background wait then keeps the foreground waiting.
-            clone = self.origin.clone() if hasattr(self.origin, "clone") else self.origin
+            with self._translating():
+                clone = self.origin.clone() if hasattr(self.origin, "clone") else self.origin
             known = _clones[owner] = (weakref.ref(self.origin), clone)
         return WordStore(self.origin, known[1], self._call)
 
@@ -84,8 +86,13 @@ class WordStore:
         self._ask("delete_key", key)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
+        with self._translating():
             return getattr(self._connection, method)(*arguments)
+
+    @contextmanager
+    def _translating(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             raise RankTimeoutError(
                 f"lost contact with the process group's store during {self._call}: {error}. The process that hosts it,"

@@ -79,6 +79,7 @@ class Order:
 
     pending: PendingSave
     operation: Operation
+    """Over the connection of the background thread that runs the job."""
     storage: Storage
     structure: Structure
     speaks: bool
@@ -92,8 +93,6 @@ class Order:
     commit_timeout: float
     called: float
     """When the save was called, by the monotonic clock, in seconds."""
-    owner: object
-    """Of the background thread that runs the job."""
 
     def report(self, verdict: bytes, *, rank_nbytes: int, alias: bool) -> SaveReport:
         """What the caller hears of a committed save; ``verdict`` is the size of all shards, as rank 0 said it."""
@@ -179,7 +178,7 @@ class SaveJob(Job):
             word = error
         self._writer = None  # and with it the tensors, which the caller may want to free
         try:
-            verdict = settle(order.operation.in_background(order.owner), word, order.commit_timeout, self._conclude)
+            verdict = settle(order.operation, word, order.commit_timeout, self._conclude)
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
             # Whoever never heard the verdict must not remove files that rank 0 may just be committing.
             unheard = isinstance(error, RankTimeoutError) and rank != 0 and not isinstance(word, Exception)
@@ -263,7 +262,7 @@ class AliasJob(Job):
         except Exception as error:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
             word = error
         try:
-            verdict = settle(order.operation.in_background(order.owner), word, order.commit_timeout, self._conclude)
+            verdict = settle(order.operation, word, order.commit_timeout, self._conclude)
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
             unheard = isinstance(error, RankTimeoutError) and rank != 0 and not isinstance(word, Exception)
             if self.committed is None and not unheard and not isinstance(error, UncertainCommitError):

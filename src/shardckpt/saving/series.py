@@ -129,6 +129,8 @@ class Series:
         speaking = speaks(openings, rank)
         previous = None
         with turn(operation, "place") as placing:
+            # Here, where the ranks have just spoken: one to a host that has died meanwhile is tried for half an hour.
+            background = operation.in_background(self._background)
             structure = self._plan(descriptions, openings, rank)
             if rank == 0:
                 save_id = commit.new_save_id()
@@ -147,7 +149,7 @@ class Series:
             pending = PendingSave(path, placing.heard[0].decode())
             order = Order(
                 pending=pending,
-                operation=operation,
+                operation=background,
                 storage=storage,
                 structure=structure,
                 speaks=speaking,
@@ -157,7 +159,6 @@ class Series:
                 previous=previous,
                 commit_timeout=self._commit_timeout,
                 called=request.called,
-                owner=self._background,
             )
             if source is None:
                 write(
