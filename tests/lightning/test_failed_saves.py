@@ -101,6 +101,20 @@ def test_synchronous_saves_go_on_too(tmp_path: Path, lightning: Any, Toy: Any, r
     assert run.strategy.checkpoint_io.failed_saves == 1
 
 
+def test_a_strategy_that_is_not_bound_keeps_the_last_good_one_too(tmp_path: Path, refused: list[str]) -> None:
+    """Called on one rank, as the documented contract has it, a lost save keeps what it was to replace just so."""
+    io = ShardedCheckpointIO(on_save_error="warn")
+    refused.append("b.ckpt")
+    io.save_checkpoint({"value": 1}, tmp_path / "a.ckpt")
+    io.save_checkpoint({"value": 2}, tmp_path / "b.ckpt")
+    io.remove_checkpoint(tmp_path / "a.ckpt")
+    assert toy.complete(tmp_path) == {"a.ckpt"}
+    assert io.failed_saves == 1
+    io.save_checkpoint({"value": 3}, tmp_path / "c.ckpt")
+    io.remove_checkpoint(tmp_path / "b.ckpt")
+    assert toy.complete(tmp_path) == {"c.ckpt"}
+
+
 def test_without_the_option_the_run_ends(tmp_path: Path, lightning: Any, Toy: Any, failing: list[str]) -> None:
     """By default a failed save is an error of the run, and the checkpoint that it was to replace is there."""
     failing.append("epoch=1")

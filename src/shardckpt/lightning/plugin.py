@@ -66,9 +66,11 @@ class ShardedCheckpointIO(_CheckpointIO):
         self._quiet = False
         self._warned = False
         self._latest: PendingSave | None = None
-        self._asked: list[tuple[str, PendingSave]] = []
-        """Removals that wait for a save, and so come to nothing if it fails: they are asked for again then."""
+        self._asked: list[tuple[str, PendingSave | None]] = []
+        """Removals that wait for a save, and come to nothing if it fails, or None where it has: for the next to ask."""
         self._failed_alone = 0
+        self._lost = False
+        """Whether the newest save was one from this process alone, and failed."""
         self.twins = Twins()
         self.places = Places(self._options.get("storage_options"), self._resume)
         self.displaced = ordinary.Displaced()
@@ -139,6 +141,7 @@ class ShardedCheckpointIO(_CheckpointIO):
             state = plain(checkpoint)  # a state dict as it is: the versions of its modules are an attribute of it
             alone.save(state if isinstance(state, dict) else dict(state), text, storage_options=storage_options)
             self._failed_alone += alone.failed_saves
+            self._lost = alone.failed_saves > 0
         self.places.wrote(text, storage_options)
 
     def load_checkpoint(  # type: ignore[override]  # what it returns is that of the documented contract
@@ -181,8 +184,8 @@ class ShardedCheckpointIO(_CheckpointIO):
         It is kept until the next removal then, since nobody asks for its own again. A symbolic link is unlinked, never
         followed. Ordinary files and directories are removed as Lightning does it.
         """
-        again = [asked for asked, save in self._asked if save.done() and not save.succeeded()]
-        self._asked = [(asked, save) for asked, save in self._asked if not save.done()]
+        again = [asked for asked, save in self._asked if save is None or (save.done() and not save.succeeded())]
+        self._asked = [(asked, save) for asked, save in self._asked if save is not None and not save.done()]
         for text in dict.fromkeys([checkpoint_path(path), *again]):
             self._remove(text)
 
@@ -192,9 +195,9 @@ class ShardedCheckpointIO(_CheckpointIO):
             return
         options = self.places.options_for(text)
         latest = self._latest
-        if latest is not None:
-            self._asked.append((text, latest))
-        if latest is not None and latest.done() and not latest.succeeded():
+        if self._lost or latest is not None:
+            self._asked.append((text, None if self._lost else latest))
+        if self._lost or (latest is not None and latest.done() and not latest.succeeded()):
             log.warning("keeping %s: the save that was to replace it failed", text)
         elif self.places.has_ours(text):
             self.checkpointer.remove(text, storage_options=options)
@@ -250,6 +253,7 @@ class ShardedCheckpointIO(_CheckpointIO):
                         self._save(own, checkpoint, path, storage_options, running._replace(asynchronous=False))
                         self._failed_alone += own.failed_saves
                 else:
+                    self._lost = False
                     self._latest = self._save(self.checkpointer, checkpoint, path, storage_options, running)
             except Exception as error:
                 if not running.interrupted:
