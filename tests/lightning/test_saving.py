@@ -297,7 +297,7 @@ def test_a_removal_that_did_not_happen_can_be_asked_for_again() -> None:
     """How a checkpoint was saved is still known after a removal was dropped because the save before it failed."""
     from shardckpt.lightning.places import Places
 
-    places = Places({"a": 1})
+    places = Places({"a": 1}, None)
     places.wrote("memory://x/epoch=0.ckpt", {"b": 2})
     places.removed("memory://x/epoch=0.ckpt")
     assert places.options_for("memory://x/epoch=0.ckpt/") == {"a": 1, "b": 2}
