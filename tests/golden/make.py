@@ -205,7 +205,7 @@ def save(rank: int, name: str, path: str) -> None:
     state, options, _ = STATES[name]
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(commit, "new_save_id", return_value=SAVE_ID))
-        stack.enter_context(mock.patch.object(commit.publishing, "now", return_value=CREATED))
+        stack.enter_context(mock.patch.object(commit.assembly, "now", return_value=CREATED))
         Checkpointer(**options).save(state(), path)
 
 
