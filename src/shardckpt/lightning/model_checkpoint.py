@@ -117,7 +117,7 @@ def _whole(places: Places, candidates: set[str]) -> set[str]:
     if places.resume is None and cut != candidates:
         for path in sorted(cut):
             log.warning("%s is not complete: its save was cut short. It is not taken for the last checkpoint", path)
-        return candidates - cut
+        candidates = candidates - cut
     return {found for path in sorted(candidates) if (found := places.complete(path)) is not None}
 
 
