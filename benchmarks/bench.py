@@ -142,10 +142,10 @@ class Bench:
         total = torch.tensor(cpu_seconds, dtype=torch.float64)
         dist.all_reduce(total)
         value, peak = figures.tolist()
+        # The caller may add to the details until the record is made.
+        details = {} if details is None else details
         self.measured.append(
-            Measurement(
-                what, setting, contender, self.repeat, value, unit, nbytes, float(total), int(peak), details or {}
-            )
+            Measurement(what, setting, contender, self.repeat, value, unit, nbytes, float(total), int(peak), details)
         )
 
     def total(self, value: int) -> int:
