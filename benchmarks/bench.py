@@ -1,6 +1,7 @@
 """One rank's side of a benchmark: clocks that all ranks share, and what they showed."""
 
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -92,12 +93,15 @@ class Bench:
     # -- measuring --------------------------------------------------------------------------------------------------
 
     def rounds(self, contenders: Mapping[str, Callable[[], None]]) -> None:
-        """Every contender once in each repeat, in an order that rotates; the first repeat is the warm-up."""
+        """Every contender once in each repeat, the first of which is the warm-up.
+
+        In an order of chance, the same in every run: by turns, each would always come after the same one, and find the
+        disk and the page cache as that one leaves them.
+        """
         chosen = [act for name, act in contenders.items() if self.options.wants(name)]
         for repeat in range(self.options.repeats + 1):
             self.repeat = repeat
-            turn = repeat % max(1, len(chosen))
-            for act in chosen[turn:] + chosen[:turn]:
+            for act in random.Random(repeat).sample(chosen, len(chosen)):
                 act()
 
     @contextmanager

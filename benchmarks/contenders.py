@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -76,19 +77,25 @@ class PreparedShardckpt(Shardckpt):
 
 
 class Dcp:
-    """torch.distributed.checkpoint: ``sync_files`` is its default, the threads are for the caller to find."""
+    """torch.distributed.checkpoint: ``sync_files`` is its default, the threads are for the caller to find.
+
+    Its plans are cached, as ours are.
+    """
 
     def __init__(self, group: dist.ProcessGroup, threads: int) -> None:
         self.group, self.threads = group, threads
 
     def save(self, state: State, place: str) -> Any:
-        dcp_save(state.for_dcp(), storage_writer=self.writer(place), process_group=self.group)
+        dcp_save(state.for_dcp(), storage_writer=self.writer(place), planner=self.planner(), process_group=self.group)
 
     def load(self, state: State, place: str) -> Any:
         loaded = state.for_dcp()
         reader: StorageReader = FsspecReader(place) if "://" in place else FileSystemReader(place)
         dcp_load(loaded, storage_reader=reader, process_group=self.group)
         state.take(loaded)
+
+    def planner(self) -> DefaultSavePlanner:
+        return DefaultSavePlanner(enable_plan_caching=True)
 
     def writer(self, place: str) -> FileSystemWriter:
         if "://" in place:  # nothing to sync there, and it would sync the local disks instead
@@ -113,6 +120,7 @@ class AsyncDcp:
         pending = dcp_async_save(
             state.for_dcp(),
             storage_writer=self.dcp.writer(place),
+            planner=self.dcp.planner(),
             process_group=self.dcp.group,
             async_checkpointer_type=self.kind,
             async_stager=self.stager,

@@ -31,7 +31,7 @@ from benchmarks.states import WIDTH
 from shardckpt.lightning import ShardedCheckpointIO
 
 OURS, TORCH, ASYNC = "ShardedCheckpointIO", "TorchCheckpointIO", "AsyncCheckpointIO"
-FIRST, STEADY, FIT = "stall of a trigger, first", "stall of a trigger, steady", "fit, checkpoints durable"
+FIRST, STEADY, FIT = "stall of a trigger, first", "stall of a trigger, steady", "fit"
 WRITTEN = "bytes written a trigger"
 ONE_SAVE = f"{OURS}, save_top_k alone"
 TRIGGERS = 4
