@@ -192,8 +192,9 @@ def test_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     provide, config, _ = provider({"anon": True}, monkeypatch)
     assert provide is None
     assert config["skip_signature"] is True
-    with pytest.raises(UsageError, match="without a secret"):
-        provider({"key": "mykey"}, monkeypatch)
+    for half in ({"key": "mykey"}, {"client_kwargs": {"aws_secret_access_key": "x"}}):
+        with pytest.raises(UsageError, match="without a secret"):
+            open_storage("s3://bucket/a", half)
 
 
 def test_region_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardckpt.errors import ShardckptError, UsageError
 from shardckpt.storage.base import Storage
+from shardckpt.storage.concealment import cleanse, secrets_of, without_credentials
 from shardckpt.storage.s3_opening import unfit_key
 from shardckpt.storage.s3_options import UntranslatableError
-from shardckpt.storage.translate import conceal, secrets_of, without_credentials
 
 if TYPE_CHECKING:
     from shardckpt.storage.connection import Connection, Factory
@@ -61,7 +61,8 @@ def _connection(scheme: str, bucket: str, options: Mapping[str, Any]) -> "Connec
         except (ModuleNotFoundError, ShardckptError):
             raise
         except Exception as error:
-            said = conceal(str(error).partition("\n\nDebug source:")[0], secrets_of(options))
+            cleanse(error, secrets_of(options))
+            said = str(error).partition("\n\nDebug source:")[0]
             raise UsageError(f"cannot open {scheme}://{bucket}: {said}. Check storage_options") from error
         return factory
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from shardckpt.errors import UsageError
+from shardckpt.storage.concealment import secrets_of
 from shardckpt.storage.retry import DEADLINE
 from shardckpt.storage.s3_options import UntranslatableError
-from shardckpt.storage.translate import secrets_of
 
 if TYPE_CHECKING:
     from obstore.store import AzureConfig, ClientConfig, GCSConfig

@@ -3,17 +3,20 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from shardckpt.errors import UsageError
-from shardckpt.storage.translate import secrets_of
+from shardckpt.storage.concealment import longest_first, secrets_of
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-Factory = Callable[[int], "tuple[ObjectStore, tuple[str, ...]]"]
-"""Makes a client that tries a request again so many times, and returns it with the words that no message may show."""
+Factory = Callable[[int], "tuple[ObjectStore, Collection[str]]"]
+"""Makes a client that tries a request again so many times, and returns it with the words that no message may show.
+
+Of credentials that are renewed, the new ones join those words.
+"""
 
 RETRIES: Final = 10
 """Further attempts at a request that fails in a way that may pass, with pauses that grow and are scattered."""
@@ -37,12 +40,17 @@ class Connection:
     """
 
     def __init__(self, url: str, make: Factory, secrets: tuple[str, ...]) -> None:
-        self.secrets = secrets
+        self._secrets: list[Collection[str]] = [secrets]
         self._url = url
         self._make = make
         self._lock = threading.Lock()
         self._stores: dict[int, ObjectStore] = {}
         self._told = False
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no message may show, the longest word first."""
+        return longest_first(word for words in self._secrets for word in tuple(words))
 
     @property
     def store(self) -> "ObjectStore":
@@ -74,7 +82,7 @@ class Connection:
         with self._lock:
             if retries not in self._stores:
                 self._stores[retries], secrets = self._make(retries)
-                self.secrets = tuple(sorted({*self.secrets, *secrets}, key=len, reverse=True))
+                self._secrets.append(secrets)
                 _users.add(os.getpid())
             return self._stores[retries]
 

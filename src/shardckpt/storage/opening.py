@@ -7,8 +7,8 @@ from typing import Any
 
 from shardckpt.errors import UsageError
 from shardckpt.storage.base import Storage
+from shardckpt.storage.concealment import secrets_of, without_credentials
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.translate import secrets_of, without_credentials
 
 # "proto://rest", or a chain of file systems as fsspec writes it, "simplecache::s3://rest".
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|::)")

@@ -25,9 +25,10 @@ from shardckpt.storage.base import (
     copy_plain,
     octets,
 )
+from shardckpt.storage.concealment import cleanse, secrets_of, without_credentials
 from shardckpt.storage.retry import retrying
 from shardckpt.storage.traffic import WIDTH, fill, incoming
-from shardckpt.storage.translate import conceal, secrets_of, translating, without_credentials
+from shardckpt.storage.translate import translating
 from shardckpt.workers import for_each
 
 STRETCH: Final = 16 << 20
@@ -52,8 +53,8 @@ def filesystem_of(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         remedy = 'pip install "shardckpt[s3]"' if url.startswith(("s3://", "s3a://")) else str(error)
         raise UsageError(f"cannot open {shown}: the package that handles such URLs is missing: {remedy}") from error
     except (TypeError, ValueError, KeyError) as error:
-        reason = conceal(str(error), secrets_of(options))
-        raise UsageError(f"cannot open {shown}: {reason}. Check the URL and storage_options") from error
+        cleanse(error, secrets_of(options))
+        raise UsageError(f"cannot open {shown}: {error}. Check the URL and storage_options") from error
     return filesystem, path
 
 

@@ -151,7 +151,7 @@ class S3Storage(RemoteStorage):
     def prepare(self) -> None:
         """Check that the bucket exists and the credentials may list it; a prefix needs no making."""
         with self.translating("use"):
-            self.request("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
+            self._page(Prefix=self._prefix, MaxKeys=1)
 
     def remove_place(self) -> None:
         """Delete the object that marks the prefix as a directory, if there is one."""
@@ -196,10 +196,16 @@ class S3Storage(RemoteStorage):
         pages: builtins.list[dict[str, Any]] = []
         with self.translating("list"):
             while True:
-                pages.append(retrying(lambda: self.request("list_objects_v2", **arguments)))
+                pages.append(retrying(lambda: self._page(**arguments)))
                 if not pages[-1].get("IsTruncated"):
                     return pages
                 arguments["ContinuationToken"] = pages[-1]["NextContinuationToken"]
+
+    def _page(self, **arguments: Any) -> dict[str, Any]:
+        page: dict[str, Any] = self.request("list_objects_v2", **arguments)
+        if "IsTruncated" not in page:  # to the client a page of any other server is a listing of nothing
+            raise StorageError(f"cannot list {self.url}: the endpoint does not answer as S3 does. Check endpoint_url")
+        return page
 
     def _unfinished(self, prefix: str) -> builtins.list[dict[str, Any]]:
         arguments: dict[str, Any] = {"Prefix": prefix}

@@ -9,14 +9,15 @@ from typing import Any
 
 from shardckpt.errors import UsageError
 from shardckpt.storage.base import Storage
+from shardckpt.storage.concealment import longest_first, secrets_of, without_credentials
 from shardckpt.storage.s3_options import (
     UntranslatableError,
-    check_names,
+    check,
+    secrets_around,
     store_factory,
     translated,
     without_payload_hashes,
 )
-from shardckpt.storage.translate import secrets_of, without_credentials
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _told: set[str] = set()
 
 def open_s3(url: str, options: Mapping[str, Any]) -> Storage:
     """Return the storage at an ``s3://`` URL; see :func:`shardckpt.storage.open_storage`."""
-    check_names(options)
+    check(url, options)
     bucket, _, key = url.partition("://")[2].partition("/")
     if not bucket:
         raise UsageError(f"{url} names no bucket: it must be s3://bucket/path")
@@ -60,7 +61,9 @@ def open_with_s3fs(url: str, options: Mapping[str, Any]) -> Storage:
     filesystem, path = filesystem_of(url, without_payload_hashes(options))
     from shardckpt.storage.s3 import S3Storage
 
-    return S3Storage(filesystem, path, without_credentials(url), secrets_of(options))
+    names = [name for name in (options.get("username"), options.get("key")) if isinstance(name, str)]
+    secrets = longest_first((*secrets_of(options), *secrets_around(options.get("profile")), *names))
+    return S3Storage(filesystem, path, without_credentials(url), secrets)
 
 
 def _reason_for_s3fs(bucket: str, key: str) -> str | None:

@@ -10,7 +10,9 @@ import http.client
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shardckpt.errors import StorageAccessError, UsageError
@@ -62,8 +64,9 @@ class Settings(NamedTuple):
     """What the user said of attempts beyond the first; None is nothing."""
 
 
-class Credentials(NamedTuple):
-    """Where the signature of requests comes from."""
+@dataclass(frozen=True, repr=False)
+class Credentials:
+    """Where the signature of requests comes from. It has no telling ``repr``."""
 
     anonymous: bool
     key: str | None
@@ -72,8 +75,14 @@ class Credentials(NamedTuple):
     profile: str | None
 
 
-def check_names(options: Mapping[str, Any]) -> None:
-    """Raise :class:`~shardckpt.errors.UsageError` for a storage option that s3fs does not have."""
+def check(url: str, options: Mapping[str, Any]) -> None:
+    """Raise :class:`~shardckpt.errors.UsageError` for what s3fs does not take: options, or credentials in the URL."""
+    place = url.partition("://")[2]
+    if not place.startswith("arn:") and re.match("[^/]*[:@]", place):
+        raise UsageError(
+            "an s3:// URL takes no credentials, and no server: it must be s3://bucket/path, and what belongs to it goes"
+            " into storage_options, as key, secret and endpoint_url. (The URL is not shown, for what may be in it.)"
+        )
     known = {*_KNOWN.split(), *_IGNORED.split()}
     for name in options:
         if name not in known:
@@ -83,6 +92,11 @@ def check_names(options: Mapping[str, Any]) -> None:
     for name in ("client_kwargs", "config_kwargs", "s3_additional_kwargs"):
         if not isinstance(options.get(name) or {}, Mapping):
             raise UsageError(f"the storage option {name!r} must be a dict, not {type(options[name]).__name__}")
+    client = options.get("client_kwargs") or {}
+    key = options.get("key") or options.get("username") or client.get("aws_access_key_id")
+    secret = options.get("secret") or options.get("password") or client.get("aws_secret_access_key")
+    if bool(key) != bool(secret) and not options.get("anon"):
+        raise UsageError("storage_options hold a key without a secret, or a secret without a key: give both or none")
 
 
 def translated(options: Mapping[str, Any]) -> Settings:
@@ -151,10 +165,20 @@ def without_payload_hashes(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**options, "config_kwargs": config, "s3_additional_kwargs": extra}
 
 
-def store_factory(bucket: str, settings: Settings) -> "Callable[[int], tuple[Any, tuple[str, ...]]]":
+def secrets_around(profile: str | None) -> tuple[str, ...]:
+    """Return the keys and tokens that the environment and the profiles of AWS hold, for the client that is s3fs."""
+    words = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token", "aws_security_token")
+    found = {name: os.environ.get(name.upper()) for name in words}
+    if importlib.util.find_spec("botocore") is not None:
+        scoped = _session(profile).get_scoped_config()
+        found |= {f"profile {name}": scoped.get(name) for name in words}
+    return tuple(word for word in found.values() if word)
+
+
+def store_factory(bucket: str, settings: Settings) -> "Callable[[int], tuple[Any, Collection[str]]]":
     """Return what makes a client of ``bucket``, given how often to try a request again, and the secrets it uses."""
 
-    def make(retries: int) -> tuple[Any, tuple[str, ...]]:
+    def make(retries: int) -> tuple[Any, Collection[str]]:
         from obstore.store import S3Store
 
         config: S3Config = {**settings.config}
@@ -294,7 +318,7 @@ def _verify(value: Any, told: "ClientConfig") -> None:
             raise UsageError(f"cannot read the certificates to verify with, {bundle}: {error.strerror}") from error
 
 
-def _provider(credentials: Credentials, config: "S3Config") -> tuple[Any, tuple[str, ...]]:
+def _provider(credentials: Credentials, config: "S3Config") -> tuple[Any, Collection[str]]:
     """Return what gives obstore the credentials, None where it finds them itself; and the secrets known so far."""
     if credentials.anonymous:
         config["skip_signature"] = True
@@ -302,8 +326,6 @@ def _provider(credentials: Credentials, config: "S3Config") -> tuple[Any, tuple[
     if credentials.key and credentials.secret:
         key, secret, token = credentials.key, credentials.secret, credentials.token
         return (lambda: _said(key, secret, token, None)), tuple(word for word in (key, secret, token) if word)
-    if credentials.key or credentials.secret:
-        raise UsageError("storage_options hold a key without a secret, or a secret without a key: give both or none")
     if importlib.util.find_spec("botocore") is None:
         return None, ()
     found = _session(credentials.profile).get_credentials()
@@ -313,14 +335,17 @@ def _provider(credentials: Credentials, config: "S3Config") -> tuple[Any, tuple[
             " (AWS_ACCESS_KEY_ID), in the profiles of AWS or from the machine's role. For a public bucket say anon=True"
         )
 
+    secrets: set[str] = set()
+
     def provide() -> "S3Credential":
         now = found.get_frozen_credentials()
+        secrets.update(word for word in (now.access_key, now.secret_key, now.token) if word)
         # They are renewed in time by botocore, which is asked again every few minutes.
         until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5)
         return _said(now.access_key, now.secret_key, now.token, until)
 
-    now = found.get_frozen_credentials()
-    return provide, tuple(word for word in (now.access_key, now.secret_key, now.token) if word)
+    provide()
+    return provide, secrets
 
 
 def _said(key: str, secret: str, token: str | None, until: datetime.datetime | None) -> "S3Credential":

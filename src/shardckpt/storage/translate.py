@@ -7,7 +7,7 @@ obstore gives the store's answer as a part of its message, and only there.
 
 import errno
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from shardckpt.errors import (
     StorageFullError,
     UsageError,
 )
+from shardckpt.storage.concealment import cleanse
 
 _Ours = type[ShardckptError]
 
@@ -126,6 +127,7 @@ _ADVICE: tuple[tuple[_Ours, str], ...] = (
 )
 
 _REGION = "Check client_kwargs={'region_name': ...} and the endpoint: the bucket lies elsewhere"
+_LACKING = "The store does not know this request; objects of more than 8 MiB need uploads in parts (multipart)"
 _CODE_ADVICE: Mapping[str, str] = {
     "NoSuchBucket": "Check the bucket's name and the endpoint; buckets are never made, so make it first",
     "ContainerNotFound": "Check the container's name and the account; containers are never made, so make it first",
@@ -133,7 +135,11 @@ _CODE_ADVICE: Mapping[str, str] = {
     "ExpiredToken": "The credentials have expired: renew them, or let a profile or a role do it",
     "AuthorizationHeaderMalformed": _REGION,
     "PermanentRedirect": _REGION,
+    "TemporaryRedirect": _REGION,
     "301": _REGION,
+    "307": _REGION,
+    "NotImplemented": _LACKING,
+    "501": _LACKING,
 }
 """Where the error code of an answer says more than its class."""
 
@@ -167,6 +173,7 @@ _TRANSIENT_CLASSES = {
 _REQUEST = re.compile(r"Error performing [A-Z]+ (?:\S+ )?in [\d.]+\S*")
 _RETRIES = re.compile(r"after (\d+) retries")
 _STATUS = re.compile(r"status code: (\d{3})")
+_REDIRECT = re.compile(r"redirect without LOCATION", re.IGNORECASE)
 _CODE = re.compile(r"<Code>([^<]+)</Code>")
 # What it does not try again by itself: the answer came, and broke off.
 _BROKEN_OFF = re.compile(
@@ -174,33 +181,35 @@ _BROKEN_OFF = re.compile(
 )
 _MESSAGE = re.compile(r"<Message>([^<]+)</Message>")
 
-_SECRET_KEY = re.compile(r"key|secret|token|pass|cred|sas|connection")
-
 
 @contextmanager
-def translating(doing: str, where: str, secrets: tuple[str, ...] = ()) -> Iterator[None]:
+def translating(doing: str, where: str, secrets: Collection[str] = ()) -> Iterator[None]:
     """Turn any foreign error raised inside into one of ours, with the foreign one as its cause.
 
     Args:
         doing: a verb that fits "cannot ... <where>".
         where: the path or URL concerned, without credentials.
-        secrets: words to keep out of the message, even where the foreign error quotes them.
+        secrets: words to keep out of the message and of the foreign error, which may quote them.
     """
     try:
         yield
-    except (ShardckptError, MemoryError):
+    except ShardckptError as error:
+        cleanse(error, secrets)  # it may have come up in the handling of a foreign one
+        raise
+    except MemoryError:
         raise
     except Exception as error:
-        raise translate(error, doing, where, secrets) from error
+        cleanse(error, secrets)
+        raise translate(error, doing, where) from error
 
 
-def translate(error: Exception, doing: str, where: str, secrets: tuple[str, ...] = ()) -> ShardckptError:
+def translate(error: Exception, doing: str, where: str) -> ShardckptError:
     """Return the error of ours that stands for ``error``; see :func:`translating`."""
     ours = classify(error)
     advice = _CODE_ADVICE.get(s3_code(error)) or next(text for base, text in _ADVICE if issubclass(ours, base))
     attempts = getattr(error, _ATTEMPTS, 1)
     tried = f", tried {attempts} times" if attempts > 1 else ""
-    translated = ours(f"cannot {doing} {where}: {conceal(_reason(error), secrets)}{tried}. {advice}")
+    translated = ours(f"cannot {doing} {where}: {_reason(error)}{tried}. {advice}")
     if isinstance(translated, OSError) and isinstance(error, OSError):
         translated.errno = error.errno
     return translated
@@ -222,6 +231,8 @@ def s3_code(error: BaseException) -> str:
     if isinstance(details, dict):
         return str(details.get("Code", ""))
     said = _said_by_obstore(error)
+    if _REDIRECT.search(said):
+        return "PermanentRedirect"
     found = said and (_CODE.search(said) or _STATUS.search(said))
     return found[1] if found else ""
 
@@ -255,30 +266,6 @@ def lacks_conditions(error: BaseException) -> bool:
 def is_missing_bucket(error: BaseException) -> bool:
     """Tell whether it is the bucket that does not exist, and not only the object."""
     return s3_code(error) in ("NoSuchBucket", "ContainerNotFound")
-
-
-def without_credentials(url: str) -> str:
-    """Return ``url`` with user, password and, for http, the query (which may be a signature) taken out."""
-    url = re.sub(r"://[^/@]*@", "://***@", url)
-    return re.sub(r"\?.*", "?***", url) if re.search(r"(^|::)https?://", url) else url
-
-
-def secrets_of(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the words in ``storage_options`` that no message may show, the longest first."""
-    found: set[str] = set()
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            found.update(secrets_of(value))
-        elif isinstance(value, str) and len(value) >= 4 and _SECRET_KEY.search(key):
-            found.add(value)
-    return tuple(sorted(found, key=len, reverse=True))
-
-
-def conceal(text: str, secrets: tuple[str, ...]) -> str:
-    """Return ``text`` with every one of ``secrets`` blotted out."""
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    return text
 
 
 def _response(error: BaseException) -> Mapping[str, Any]:
