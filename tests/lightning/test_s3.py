@@ -5,8 +5,11 @@ from typing import Any
 import pytest
 import toy
 
-from shardckpt import CheckpointNotFoundError
+import shardckpt
+from shardckpt import CheckpointNotFoundError, filenames
 from shardckpt.lightning import ShardedCheckpointIO, model_checkpoint
+from shardckpt.storage import connection, retry
+from storage.proxy import Proxy
 
 pytestmark = pytest.mark.s3
 
@@ -88,6 +91,52 @@ def test_exceptions_leave_a_checkpoint_in_the_bucket(s3_place: Any, lightning: A
     again.fit(Toy(), toy.loader())
     assert again.global_step == 24
     assert checkpoints(s3_place) == set()
+
+
+@pytest.mark.parametrize("fault", ["403", "503", "reset"])
+def test_never_from_scratch(
+    s3_place: Any, lightning: Any, Toy: Any, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the store cannot be asked for "last" or "best", the run fails, and does not train from the beginning."""
+    options = {"filename": "{epoch}", "save_last": True}
+    toy.trainer(lightning, s3_place.url, checkpoint=options, max_epochs=1).fit(Toy(), toy.loader())
+    before = checkpoints(s3_place)
+    monkeypatch.setattr(retry, "ATTEMPTS", 2)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(connection, "RETRIES", 0)
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with Proxy(s3_place.storage_options["client_kwargs"]["endpoint_url"], lambda *_: fault) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        given = {**s3_place.storage_options, "client_kwargs": {"endpoint_url": proxy.endpoint}}
+        for path in ("last", f"{s3_place.url}/last.ckpt"):
+            plugin = ShardedCheckpointIO(storage_options=given)
+            run = toy.trainer(lightning, s3_place.url, checkpoint=options, plugins=[plugin], max_epochs=2)
+            with pytest.raises((OSError, shardckpt.ShardckptError)):
+                run.fit(Toy(), toy.loader(), ckpt_path=path)
+            assert run.global_step == 0
+    assert checkpoints(s3_place) == before
+
+
+def test_many_objects_are_removed_by_few_requests(s3_place: Any, lightning: Any, Toy: Any) -> None:
+    """What top-k retention no longer wants goes by DeleteObjects, however many ranks saved it, its manifest first."""
+    options = {"filename": "{epoch}"}
+    run = toy.trainer(lightning, s3_place.url, checkpoint=options, max_epochs=1)
+    run.fit(Toy(), toy.loader())
+    for rank in range(1, 200):  # as if so many had saved
+        key = f"run/epoch=0.ckpt/{filenames.shard_name(rank, 'aaaaaaaaaaaaaa1')}"
+        s3_place.client.put_object(Bucket=s3_place.bucket, Key=key, Body=b"x")
+    lines: list[str] = []
+
+    def noting(line: str, headers: dict[str, str]) -> None:
+        if line.startswith("DELETE") or "?delete" in line:
+            lines.append(line)
+
+    with Proxy(s3_place.storage_options["client_kwargs"]["endpoint_url"], noting) as proxy:
+        given = {**s3_place.storage_options, "client_kwargs": {"endpoint_url": proxy.endpoint}}
+        ShardedCheckpointIO(storage_options=given).remove_checkpoint(f"{s3_place.url}/epoch=0.ckpt")
+    assert 2 <= len(lines) <= 4
+    assert s3_place.client.list_objects_v2(Bucket=s3_place.bucket, Prefix="run/epoch=0.ckpt/")["KeyCount"] == 0
 
 
 def test_links_are_refused_by_lightning(s3_place: Any, lightning: Any, Toy: Any) -> None:
