@@ -1,12 +1,30 @@
 """What the documentation shows is run, so that it stays true."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import shardckpt
+
 DOCS = Path(__file__).parents[1] / "docs"
+SOURCE = Path(shardckpt.__file__).parent
+
+ACTIONS = {
+    "abort_multipart_upload": "s3:AbortMultipartUpload",
+    "complete_multipart_upload": "s3:PutObject",
+    "create_multipart_upload": "s3:PutObject",
+    "delete_object": "s3:DeleteObject",
+    "delete_objects": "s3:DeleteObject",
+    "head_object": "s3:GetObject",
+    "list_multipart_uploads": "s3:ListBucketMultipartUploads",
+    "list_objects_v2": "s3:ListBucket",
+    "put_object": "s3:PutObject",
+    "upload_part": "s3:PutObject",
+}
+"""What IAM calls the permission for each request of S3."""
 
 _VARYING = {
     r"\d{4}-\d\d-\d\dT[\d:.+]+": "<time>",
@@ -25,11 +43,13 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def run_python(page: str, names: dict[str, object]) -> None:
-    """Run the blocks of a page one after the other."""
+def run_python(page: str, names: dict[str, object], **instead: str) -> None:
+    """Run the blocks of a page one after the other, with ``instead`` of some words others."""
     found = blocks(page, "python")
     assert found
     for block in found:
+        for word, other in instead.items():
+            block = block.replace(word, other)
         exec(compile(block, f"{page}: {block.splitlines()[0]}", "exec"), names)
 
 
@@ -37,6 +57,23 @@ def run_python(page: str, names: dict[str, object]) -> None:
 def test_the_examples_of_a_page_run(page, tmp_path):
     """A reader may paste the blocks of a page one after the other; ``path`` is theirs to choose."""
     run_python(page, {"path": str(tmp_path / "ck"), "__name__": page})
+
+
+@pytest.mark.s3
+def test_the_examples_for_s3_run(s3_place):
+    """The page's Python runs against a server, which takes its lifecycle rule; its policy allows all that is asked."""
+    s3_place.client.create_bucket(Bucket="my-bucket")
+    endpoint = s3_place.storage_options["client_kwargs"]["endpoint_url"]
+    run_python("s3.md", {"__name__": "s3.md"}, **{"https://minio.example:9000": endpoint})
+    policy, rules = map(json.loads, blocks("s3.md", "json"))
+    s3_place.client.put_bucket_lifecycle_configuration(Bucket="my-bucket", LifecycleConfiguration=rules)
+    (rule,) = s3_place.client.get_bucket_lifecycle_configuration(Bucket="my-bucket")["Rules"]
+    assert rule["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 7}
+    allowed = {action for statement in policy["Statement"] for action in statement["Action"]}
+    text = "".join(path.read_text(encoding="utf-8") for path in (SOURCE / "storage").glob("s3*.py"))
+    asked = set(re.findall(r'request(?:, |\()"([a-z_]+)"', text))
+    assert len(asked) >= 9
+    assert {ACTIONS[method] for method in asked} <= allowed
 
 
 def steady(text: str) -> list[str]:
