@@ -72,7 +72,7 @@ def main() -> None:
         suite=given.suite,
         size=given.size,
         ranks=given.ranks,
-        storage="s3" if given.suite == "s3" else given.storage,
+        storage="s3" if given.suite in ("s3", "s3_link") else given.storage,
         repeats=given.repeats or (5 if given.size == "full" else 1),
         folder=given.dir.absolute(),
         only=tuple(given.only),
@@ -177,7 +177,7 @@ def _name(options: Options, record: dict[str, Any]) -> str:
     parts = [options.suite, *options.layouts, *sizes, "-".join(map(str, ranks)) + "ranks"]
     if options.only:  # part of the contenders never takes the place of a record of all
         parts.append("partial")
-    if options.storage != "local" and options.suite != "s3":
+    if options.storage != "local" and options.suite not in ("s3", "s3_link"):
         parts.append(options.storage)
     return "-".join(parts)
 

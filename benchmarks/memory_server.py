@@ -9,11 +9,16 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections import defaultdict
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
 
 Parts = list[memoryview]
+
+STRIDE = 256 << 10
+"""Bytes between two looks at the clock where a link is slow."""
 
 _NUMBER = re.compile(rb"<PartNumber>(\d+)</PartNumber>")
 _KEY = re.compile(rb"<Key>([^<]+)</Key>")
@@ -54,12 +59,37 @@ class Store:
                 self._free[len(part.obj)].append(part.obj)
 
 
+class Link(NamedTuple):
+    """What stands between the clients and the server; 0 is nothing."""
+
+    latency: float = 0.0
+    """Seconds from a request's head to its answer."""
+    cap: float = 0.0
+    """Bytes a second of each connection, in each direction."""
+
+
+class Pace:
+    """Keeps what goes over a connection to so many bytes a second, from the first of a body on."""
+
+    def __init__(self, cap: float) -> None:
+        self._cap = cap
+        self._due = time.perf_counter()
+
+    def take(self, nbytes: int) -> None:
+        if self._cap:
+            self._due += nbytes / self._cap
+            time.sleep(max(0.0, self._due - time.perf_counter()))
+
+
 class Connection:
     """One client's requests, one after the other."""
 
-    def __init__(self, client: socket.socket, store: Store) -> None:
+    def __init__(self, client: socket.socket, store: Store, link: Link) -> None:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.client, self.store = client, store
+        if link.cap:  # what the kernel takes in at once is not kept to any pace
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, STRIDE)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STRIDE)
+        self.client, self.store, self.link = client, store, link
         self.seen = b""
 
     def serve(self) -> None:
@@ -83,6 +113,8 @@ class Connection:
         if headers.get("expect") == "100-continue":
             self.client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self._body(int(headers.get("content-length", "0")))
+        if self.link.latency:
+            time.sleep(self.link.latency)
         url = urlsplit(target)
         self._answer(method, unquote(url.path).lstrip("/"), parse_qs(url.query, keep_blank_values=True), headers, body)
         return True
@@ -91,11 +123,13 @@ class Connection:
         body = self.store.memory(nbytes)
         at = min(len(self.seen), nbytes)
         body[:at], self.seen = self.seen[:at], self.seen[at:]
+        pace, most = Pace(self.link.cap), STRIDE if self.link.cap else nbytes
         while at < nbytes:
-            got = self.client.recv_into(body[at:])
+            got = self.client.recv_into(body[at:], min(most, nbytes - at))
             if not got:
                 raise OSError("the client has gone in the middle of a body")
             at += got
+            pace.take(got)
         return body
 
     def _answer(
@@ -185,11 +219,17 @@ class Connection:
         extra = f"Content-Range: bytes {first}-{last}/{size}\r\n" if asked else ""
         extra += "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\nAccept-Ranges: bytes\r\n"
         self._head(206 if asked else 200, last - first + 1, tag, extra)
-        at = 0
+        at, pace = 0, Pace(self.link.cap)
         for part in parts if method == "GET" else ():
             if at + len(part) > first and at <= last:
-                self.client.sendall(part[max(0, first - at) : last + 1 - at])
+                self._send(part[max(0, first - at) : last + 1 - at], pace)
             at += len(part)
+
+    def _send(self, data: memoryview, pace: Pace) -> None:
+        stride = STRIDE if self.link.cap else len(data)
+        for start in range(0, len(data), stride):
+            pace.take(len(data[start : start + stride]))
+            self.client.sendall(data[start : start + stride])
 
     def _say(self, status: int, text: str = "", *, tag: str = "", with_body: bool = True) -> None:
         body = text.encode()
@@ -203,12 +243,12 @@ class Connection:
 
 
 def main() -> None:
-    """Serve on the port of 127.0.0.1 that the command line names."""
-    store = Store()
+    """Serve on the port of 127.0.0.1 that the command line names; the link's latency and cap may follow."""
+    store, link = Store(), Link(*map(float, sys.argv[2:]))
     with socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=256) as listener:
         while True:
             client, _ = listener.accept()
-            threading.Thread(target=Connection(client, store).serve, daemon=True).start()
+            threading.Thread(target=Connection(client, store, link).serve, daemon=True).start()
 
 
 if __name__ == "__main__":

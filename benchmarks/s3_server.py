@@ -6,19 +6,25 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 SECONDS = 60.0
 """Until it has to listen."""
 
 
 @contextmanager
-def s3_server() -> Iterator[dict[str, str]]:
-    """Yields the variables of the environment under which every AWS client uses it."""
+def s3_server(latency: float = 0.0, cap: float = 0.0) -> Iterator[dict[str, str]]:
+    """Yields the variables of the environment under which every AWS client uses it.
+
+    ``latency`` is in seconds before each answer, ``cap`` in bytes a second of each connection; 0 is none.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "benchmarks.memory_server", str(port)]
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "benchmarks.memory_server", str(port), str(latency), str(cap)]
+    quiet = subprocess.DEVNULL
+    root = Path(__file__).parent.parent
+    server = subprocess.Popen(command, cwd=root, stdin=quiet, stdout=quiet, stderr=quiet)
     try:
         _wait_for(server, port)
         yield {

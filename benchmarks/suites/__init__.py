@@ -7,7 +7,7 @@ from typing import cast
 
 from benchmarks.options import Suite
 
-NAMES = ("save", "stall", "load", "steps", "reshard", "small", "memory", "lightning", "s3")
+NAMES = ("save", "stall", "load", "steps", "reshard", "small", "memory", "lightning", "s3", "s3_link")
 
 
 def suite(name: str) -> Suite:
