@@ -67,3 +67,19 @@ def failing_upload(rank: int, root: str, storage_options: dict[str, Any]) -> str
         dist.barrier()
         return f"{total}: {failed}"
     return "committed"
+
+
+def replicas(rank: int, root: str, storage_options: dict[str, Any]) -> list[tuple[bool, int, int]]:
+    """Load what all ranks want alike in each way of sharing: whether it is right, bytes read and bytes received."""
+    state = {"w": torch.arange(3 << 20, dtype=torch.float32)}
+    Checkpointer(storage_options=storage_options, timeout=60, replicated=True).save(state, f"{root}/ck")
+    dist.barrier()
+    told = []
+    for share in (True, False, "auto"):
+        live = {"w": torch.zeros(3 << 20)}
+        engine = Checkpointer(storage_options=storage_options, timeout=60, share_reads=share)
+        report = engine.load(f"{root}/ck", live)
+        told.append((torch.equal(live["w"], state["w"]), report.bytes_read, report.bytes_received))
+        dist.barrier()
+        engine.close()
+    return told

@@ -39,6 +39,20 @@ def test_whole_life_on_s3(s3_server: S3Server, s3_place: S3Place, told: str, com
     assert not uploads.get("Uploads")
 
 
+def test_replicas_are_read_once_or_by_each(s3_place: S3Place) -> None:
+    """What both ranks want comes from the store once if they share and twice if not; so little is not worth a trial."""
+    by_rank = ranks.world(2).run(s3_cases.replicas, s3_place.url, s3_place.storage_options)
+    assert all(right for said in by_rank for right, _, _ in said)
+    nbytes = 12 << 20
+    (shared, received), (alone, none), (little, too) = (
+        tuple(map(sum, zip(*(said[way][1:] for said in by_rank), strict=True))) for way in range(3)
+    )
+    assert nbytes <= shared < 1.2 * nbytes
+    assert received >= 0.8 * nbytes
+    assert min(alone, little) >= 2 * nbytes
+    assert none == too == 0
+
+
 def test_one_ranks_failed_upload_is_every_ranks(s3_place: S3Place) -> None:
     """An upload that fails on one rank fails the save on all, leaves nothing of it, and the old checkpoint loads."""
     for rank, said in enumerate(ranks.world(2).run(s3_cases.failing_upload, s3_place.url, s3_place.storage_options)):
