@@ -21,6 +21,7 @@ from shardckpt.errors import ConflictingStateError
 from shardckpt.planner import Held, ShardPlan, Wanted, plan_load, plan_save
 from shardckpt.reader.fetch import PAGE, Extent, cells_of, ranges, union
 from shardckpt.state.placements import parts_of
+from shardckpt.storage import BLOCK
 
 ITEMSIZE = {"int8": 1, "int32": 4, "int64": 8}
 
@@ -296,3 +297,15 @@ def test_each_cell_is_read_once(data: st.DataObject) -> None:
         first = int(np.ravel_multi_index(box.offsets, shape))
         last = int(np.ravel_multi_index([end - 1 for end in box.ends], shape))
         assert {first * 8 // DIGEST_BLOCK, last * 8 // DIGEST_BLOCK} <= set(read)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 20 * DIGEST_BLOCK), st.integers(0, 1 << 20), st.integers(1, 4 * BLOCK // PAGE))
+def test_entries_are_cut_where_ranges_are_long_or_short(nbytes: int, offset: int, pages: int) -> None:
+    """An entry of any size is read once, by ranges of a few cells (local disks) or of many blocks (object stores)."""
+    cells = [(0, -(-nbytes // DIGEST_BLOCK))]
+    found = list(ranges([Extent(offset, nbytes, None, cells, None)], most=pages * PAGE))
+    runs = [run for one in found for run in one.runs]
+    assert [cell for run in runs for cell in range(run.first, run.stop)] == list(range(*cells[0]))
+    for one in found:
+        assert one.stop - one.start <= pages * PAGE or (one.runs[0].stop - one.runs[0].first == len(one.runs) == 1)

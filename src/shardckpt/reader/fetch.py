@@ -119,7 +119,7 @@ def ranges(extents: Iterable[Extent[T]], *, most: int | None = None) -> Iterator
                         continue
                     fitting = max(fitting, first + 1)
                     end = extent.start_of(fitting)
-                    assert end <= current.start + BLOCK, f"a cell at byte {start} is larger than a block"
+                    assert end <= current.start + max(most, BLOCK), f"a cell at byte {start} is larger than a block"
                 current.runs.append(Run(extent, first, fitting, start, end))
                 current.stop = max(current.stop, end)
                 first = fitting
