@@ -71,8 +71,9 @@ def wrapped(monkeypatch: pytest.MonkeyPatch) -> Wrap:
 @pytest.fixture(autouse=True)
 def _no_lease_left() -> Iterator[None]:
     yield
-    for save_id in list(clearing._leases):
-        clearing.end_lease(save_id)
+    for lease in clearing._leases.values():
+        lease.release()
+    clearing._leases.clear()
 
 
 def state(value: float) -> dict[str, Any]:
@@ -393,6 +394,97 @@ def test_prune(tmp_path):
     marker_of(tmp_path / "none", "aaaaaaaaaaaaaa1").unlink()
     assert len(Checkpointer().prune(tmp_path / "none")) == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_prune_at_every_step_of_a_save(tmp_path, wrapped):
+    """Whoever prunes beside a save of the same process, at whatever moment, takes nothing that it needs."""
+    path = tmp_path / "ck"
+    Checkpointer().save(state(1), path)
+    original = checkpointer.open_storage
+    pruned: list[str] = []
+
+    class Pruned(WrapperStorage):
+        def called(self, method: str, name: str, nbytes: int) -> None:
+            pruned.extend(commit.prune(original(path)))
+
+        def put(self, name: str, data: bytes, *, replace: bool | bytes, durable: bool = True) -> None:
+            super().put(name, data, replace=replace, durable=durable)
+            self.called("put is over", name, 0)
+
+    wrapped(Pruned)
+    for number in (2, 3):
+        Checkpointer().save(state(number), path)
+        assert found(path) == number
+    assert set(files(path)) == ours(path)
+    # What the new one had replaced may go as soon as that is committed.
+    assert {filenames.save_id_of(name) for name in pruned} & {
+        filenames.save_id_of(name) for name in ours(path)
+    } == set()
+
+
+def test_a_save_that_commits_amid_a_prune_keeps_its_files(tmp_path, wrapped):
+    """Of a save that ends between the looks of a prune, the prune sees the lease or the commit."""
+    path = tmp_path / "ck"
+    writes, cleans = threading.Event(), threading.Event()
+
+    class Held(WrapperStorage):
+        """Commits when it may, and then stops before its marker goes."""
+
+        def called(self, method: str, name: str, nbytes: int) -> None:
+            if method == "sync":
+                assert writes.wait(30)
+            if method == "delete":
+                cleans.set()
+                assert done.wait(30)
+
+    class Looking(WrapperStorage):
+        """Lets the save commit right after it has looked for a commit record."""
+
+        def get(self, name: str, *, limit: int = 1 << 20) -> bytes:
+            try:
+                return self.inner.get(name, limit=limit)
+            finally:
+                if name == filenames.MANIFEST:
+                    writes.set()
+                    assert cleans.wait(30)
+
+    done = threading.Event()
+    original = checkpointer.open_storage
+    wrapped(Held)
+    pending = Checkpointer().async_save(state(1), path)
+    deadline = time.monotonic() + 20
+    while filenames.rank_manifest_name(0, pending.save_id) not in files(path):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert commit.prune(Looking(original(path))) == []
+    done.set()
+    pending.result(30)
+    assert found(path) == 1
+
+
+def test_prune_goes_by_the_clock_of_the_storage(tmp_path, monkeypatch):
+    """A clock here that is ahead of the file server's makes no live save on another machine look dead."""
+    path = tmp_path / "ck"
+    marker = marker_of(path, "zzzzzzzzzzzzzz5", machine="elsewhere", pid=1)
+    now = time.time()
+    monkeypatch.setattr(clearing.time, "time", lambda: now + 3600)
+    assert Checkpointer().prune(path) == []
+    os.utime(marker, (now - 3600, now - 3600))
+    assert len(Checkpointer().prune(path)) == 2
+
+
+def test_files_of_users_that_are_named_like_ours_stay(tmp_path):
+    """``.tmp-`` begins many a name; ours go on with 16 digits, and nothing else is rubbish for its age."""
+    path = tmp_path / "ck"
+    Checkpointer().save(state(1), path)
+    theirs = [path / name for name in (".tmp-notes.txt", ".tmp-0123456789abcdef.bak", ".tmp-0123456789ABCDEF")]
+    for file in theirs:
+        file.write_bytes(b"mine")
+        os.utime(file, (1e9, 1e9))
+    assert Checkpointer().prune(path) == []
+    Checkpointer().save(state(2), path)
+    shardckpt.commit.remove(open_storage(path))
+    assert {file.name for file in theirs} == set(files(path))
 
 
 def test_a_running_save_renews_its_marker(tmp_path, wrapped, monkeypatch):

@@ -17,7 +17,7 @@ from torch import Tensor
 import shardckpt
 from golden.make import ROOT
 from s3_server import S3Place
-from shardckpt import CorruptCheckpointError, UsageError, filenames, tools
+from shardckpt import CorruptCheckpointError, UsageError, commit, filenames, tools
 from shardckpt.box import Box, covers_exactly, intersect
 from shardckpt.commit import clearing
 from shardckpt.manifest import Manifest, TensorEntry
@@ -451,6 +451,44 @@ def test_a_copy_beside_another_is_refused(tmp_path):
     with pytest.raises(shardckpt.ConflictingStateError, match="another copy"):
         tools.copy(tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "b/manifest.json").exists()
+
+
+@pytest.mark.parametrize("when", ("before its marker", "before its commit"))
+def test_a_copy_that_comes_second_spares_what_the_first_committed(tmp_path, monkeypatch, when):
+    """Two copies of one save write files of the same names: the one that loses removes none that the other named."""
+    shardckpt.save({"x": torch.ones(2)}, tmp_path / "a")
+    method = "open_place" if when == "before its marker" else "publish_record"
+    inner = getattr(commit, method)
+    once = iter((True,))
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        if next(once, False):
+            monkeypatch.setattr(clearing, "_leases", {})  # as another process has none of ours
+            if method == "publish_record":
+                for marker in (tmp_path / "b").glob("saving-*"):
+                    marker.unlink()  # as if it had not been renewed for so long that it was pruned
+                for file in (tmp_path / "b").iterdir():
+                    file.unlink()
+            tools.copy(tmp_path / "a", tmp_path / "b")
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(commit, method, late)
+    with pytest.raises((shardckpt.ConflictingStateError, shardckpt.SaveFailedError)):
+        tools.copy(tmp_path / "a", tmp_path / "b")
+    assert files(tmp_path / "b") == files(tmp_path / "a")
+
+
+def test_a_copy_onto_a_link_is_refused(tmp_path):
+    """Neither the link nor what it leads to is changed, with and without ``overwrite``."""
+    shardckpt.save({"x": torch.ones(2)}, tmp_path / "a")
+    shardckpt.save({"x": torch.zeros(2)}, tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    before = files(tmp_path / "real")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="symbolic link"):
+            tools.copy(tmp_path / "a", tmp_path / "link", overwrite=overwrite)
+    assert (tmp_path / "link").is_symlink()
+    assert files(tmp_path / "real") == before
 
 
 def test_a_copy_of_an_alias(tmp_path):

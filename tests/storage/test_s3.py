@@ -637,7 +637,7 @@ def test_uploads_of_the_dead_are_pruned(open_s3: Opener, s3_place: S3Place) -> N
         assert {upload["Key"] for upload in left} == {f"run/ck/{alive}", f"run/ck/below/{dead}", "run/ck/notes"}
         assert keys(s3_place) == [f"run/ck/{filenames.marker_name('aaaaaaaaaaaaaa2')}"]
     finally:
-        commit.end_lease("aaaaaaaaaaaaaa2")
+        commit.end_lease(storage, "aaaaaaaaaaaaaa2")
         for upload in left:
             client.abort_multipart_upload(Bucket=s3_place.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
@@ -674,7 +674,7 @@ def test_beginning_a_save_costs_one_round_trip(
 
         monkeypatch.setattr(storage, name, met)
     assert commit.open_place(storage, "aaaaaaaaaaaaaa1", 0) is None
-    commit.end_lease("aaaaaaaaaaaaaa1")
+    commit.end_lease(storage, "aaaaaaaaaaaaaa1")
     assert len(keys(s3_place)) == 1
 
     def refused() -> None:

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 from shardckpt import filenames
 from shardckpt.commit.finding import find
-from shardckpt.errors import ShardckptError
+from shardckpt.errors import ObjectExistsError, ShardckptError
 from shardckpt.filenames import MANIFEST
-from shardckpt.storage import TEMP_PREFIX, Stat, Storage, Uploads
+from shardckpt.storage import Stat, Storage, Uploads, is_temporary, temporary_name
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _MARKER_BYTES: Final = 1 << 16
 
 
 class Lease:
-    """The marker of one save, renewed by a thread until `release`."""
+    """The marker of one save, renewed by a thread from `begin` until `release`."""
 
     def __init__(self, storage: Storage, save_id: str, shares: str | None) -> None:
         self._storage = storage
@@ -39,42 +39,55 @@ class Lease:
         self._name = filenames.marker_name(save_id)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="shardckpt-lease", daemon=True)
-        self._say()
+
+    def begin(self, *, alone: bool) -> None:
+        """Leave the marker. Raises ObjectExistsError where there is one, if this lease is to be ``alone``."""
+        self._say(replace=not alone)
         self._thread.start()
 
     def release(self) -> None:
         """Renew no more; the marker itself stays."""
         self._over.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
-    def _say(self) -> None:
+    def _say(self, *, replace: bool) -> None:
         marker = {"machine": _machine(), "pid": os.getpid(), "shares": self._shares}
         # After a crash of the machine nobody is alive, so nobody needs the marker: training need not wait for the disk.
-        self._storage.put(self._name, f"{json.dumps(marker)}\n".encode(), replace=True, durable=False)
+        self._storage.put(self._name, f"{json.dumps(marker)}\n".encode(), replace=replace, durable=False)
 
     def _renew(self) -> None:
         while not self._over.wait(RENEW_SECONDS):
             try:
-                self._say()
+                self._say(replace=True)
             except ShardckptError as error:
                 log.debug("could not renew %s at %s: %s", self._name, self._storage.url, error)
 
 
-_leases: dict[str, Lease] = {}
-"""Of the saves that this process leads, by save id."""
+_leases: dict[tuple[str, str], Lease] = {}
+"""Of the saves that this process leads, by place and save id: copies of one save have one id."""
 
 
-def take_lease(storage: Storage, save_id: str, shares: str | None) -> None:
+def take_lease(storage: Storage, save_id: str, shares: str | None, *, alone: bool = False) -> None:
     """Mark a save as alive until `end_lease`, which `clean` and `abandon` call too.
 
-    With it goes the save ``shares``, if any, whose files it links into the place.
+    With it goes the save ``shares``, if any, whose files it links into the place. ``alone`` raises ObjectExistsError
+    where a marker of that id is in the place: another process is copying the same save there.
     """
-    _leases[save_id] = Lease(storage, save_id, shares)
+    lease = Lease(storage, save_id, shares)
+    # Before the marker is there: another thread that looks at it takes a save that is not among these for dead.
+    if _leases.setdefault((storage.url, save_id), lease) is not lease:
+        raise ObjectExistsError(f"this process is writing the save {save_id} to {storage.url} already.")
+    try:
+        lease.begin(alone=alone)
+    except BaseException:
+        end_lease(storage, save_id)
+        raise
 
 
-def end_lease(save_id: str) -> None:
+def end_lease(storage: Storage, save_id: str) -> None:
     """A save is over, well or badly; whatever it left and no commit record names is rubbish from now on."""
-    lease = _leases.pop(save_id, None)
+    lease = _leases.pop((storage.url, save_id), None)
     if lease is not None:
         lease.release()
 
@@ -92,16 +105,16 @@ def clean(storage: Storage, save_id: str) -> None:
 
     Never raises: the checkpoint is committed, whatever becomes of the rubbish.
     """
-    end_lease(save_id)
+    end_lease(storage, save_id)
     try:
         listed = storage.list()
-        # Read after the listing: a save that has no marker in it has committed before, so that this record, or a newer
-        # one, is all that still needs files.
+        alive, now = _alive(storage, listed, own=save_id)
+        # Read after these: a save that is not alive has committed before, so that this record, or a newer one, is all
+        # that still needs files.
         current = find(storage)
         if current is not None:
             keep = {MANIFEST, *current.manifest.file_names()}
-            doomed = _rubbish([stat for stat in listed if stat.name not in keep], *_alive(storage, listed, own=save_id))
-            storage.delete(doomed)
+            storage.delete(_rubbish([stat for stat in listed if stat.name not in keep], alive, now))
     except Exception as error:  # noqa: BLE001 - see above
         log.warning("the save to %s is committed, but what it replaced could not be removed: %s", storage.url, error)
 
@@ -111,7 +124,7 @@ def abandon(storage: Storage, save_id: str, ranks: Iterable[int], also: Sequence
 
     Never raises: the failure of the save matters more.
     """
-    end_lease(save_id)
+    end_lease(storage, save_id)
     names = list(also)
     for rank in ranks:
         names += [name(rank, save_id) for name in filenames.OF_A_RANK]
@@ -134,9 +147,11 @@ def remove(storage: Storage) -> None:
     if not listed:
         storage.remove_place()
         return
+    # Before the manifest goes: of a save that commits meanwhile nothing else does.
+    alive, now = _alive(storage, listed)
     storage.delete([MANIFEST])
     storage.sync()
-    storage.delete(_rubbish([stat for stat in listed if stat.name != MANIFEST], *_alive(storage, listed)))
+    storage.delete(_rubbish([stat for stat in listed if stat.name != MANIFEST], alive, now))
     storage.remove_place()
 
 
@@ -154,9 +169,10 @@ def prune(storage: Storage, *, dry_run: bool = False) -> list[str]:
     # Before the markers: whoever has begun one has left a marker before, or is through.
     begun = storage.uploads() if isinstance(storage, Uploads) else []
     listed = storage.list()
-    current = find(storage)
+    is_by_age = any(filenames.is_marker(stat.name) or is_temporary(stat.name) for stat in listed)
+    alive, now = _alive(storage, listed, now=_time_at(storage) if is_by_age and not dry_run else None)
+    current = find(storage)  # after these, as in `clean`
     keep = set() if current is None else {MANIFEST, *current.manifest.file_names()}
-    alive, now = _alive(storage, listed)
     doomed = _rubbish([stat for stat in listed if stat.name not in keep], alive, now)
     names = {stat.name for stat in begun if filenames.is_checkpoint_file(stat.name)}
     stale = sorted(name for name in names if filenames.save_id_of(name) not in alive)
@@ -176,18 +192,37 @@ def _rubbish(listed: Sequence[Stat], alive: AbstractSet[str | None], now: float)
         for stat in listed
         if (filenames.is_checkpoint_file(stat.name) and filenames.save_id_of(stat.name) not in alive)
         # What a crash in the middle of a put leaves has no save's name, only an age.
-        or (stat.name.startswith(TEMP_PREFIX) and now - (stat.modified or now) > LEASE_SECONDS)
+        or (is_temporary(stat.name) and now - (stat.modified or now) > LEASE_SECONDS)
     ]
 
 
-def _alive(storage: Storage, listed: Sequence[Stat], own: str | None = None) -> tuple[set[str | None], float]:
-    """The ids of saves that run, as far as their markers show; and the time, by the storage's clock if it has one.
+def _time_at(storage: Storage) -> float | None:
+    """The time by the clock of the storage; None where it shows none, or cannot be written to.
+
+    A clock of ours that is ahead of it would take the marker of a save on another machine for an old one.
+    """
+    name = temporary_name()
+    try:
+        storage.put(name, b"", replace=True, durable=False)
+        try:
+            return next((stat.modified for stat in storage.list() if stat.name == name), None)
+        finally:
+            storage.delete([name])
+    except ShardckptError as error:  # a full disk may be what is to be pruned
+        log.debug("the clock of %s could not be read: %s", storage.url, error)
+        return None
+
+
+def _alive(
+    storage: Storage, listed: Sequence[Stat], *, own: str | None = None, now: float | None = None
+) -> tuple[set[str | None], float]:
+    """The ids of saves that run, as far as their markers show; and the time, by the storage's clock if that is known.
 
     ``own`` is a save that is over.
     """
     markers = {filenames.save_id_of(stat.name): stat for stat in listed if filenames.is_marker(stat.name)}
-    # The storage's own clock, where it shows one: our marker was renewed a moment ago.
-    now = (markers[own].modified if own in markers else None) or time.time()
+    # Our own marker was renewed a moment ago.
+    now = now or (markers[own].modified if own in markers else None) or time.time()
     alive: set[str | None] = set()
     for save_id, stat in markers.items():
         said = _read_marker(storage, stat.name)
@@ -201,7 +236,9 @@ def _is_alive(said: dict[str, Any], marker: Stat, save_id: str | None, now: floa
     is_fresh = marker.modified is None or now - marker.modified <= LEASE_SECONDS
     if said.get("machine") == _machine() and type(pid := said.get("pid")) is int:
         # The number of a process that has died may be another's by now, so it alone does not keep files for ever.
-        return save_id in _leases if pid == os.getpid() else is_fresh and _runs(pid)
+        if pid == os.getpid():
+            return any(save_id == led for _, led in _leases)
+        return is_fresh and _runs(pid)
     return is_fresh
 
 

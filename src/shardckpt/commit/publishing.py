@@ -4,7 +4,6 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Final
 
 import msgspec
@@ -45,12 +44,14 @@ def _base36(number: int, width: int) -> str:
     return text
 
 
-def open_place(storage: Storage, save_id: str, nbytes: int, *, shares: str | None = None) -> bytes | None:
+def open_place(
+    storage: Storage, save_id: str, nbytes: int, *, shares: str | None = None, alone: bool = False
+) -> bytes | None:
     """Rank 0, before the first byte: make the place ready and leave a marker there; returns the record to be replaced.
 
     The marker makes the path exist at once, which callers that look right after saving rely on. Raises StorageFullError
     where the disk cannot hold ``nbytes`` more; an error leaves nothing behind. ``shares`` is the id of another save
-    whose shards will be linked here.
+    whose shards will be linked here. ``alone``: raise ObjectExistsError where the same save is being written there.
     """
     free = storage.free_bytes()
     if free is not None and free < nbytes:
@@ -60,12 +61,18 @@ def open_place(storage: Storage, save_id: str, nbytes: int, *, shares: str | Non
         )
     storage.unlink_link()
     previous = None
+    is_marked = False
 
     def look() -> None:
         nonlocal previous
         previous = find_bytes(storage)
 
-    steps: list[Callable[[], None]] = [storage.prepare, look, partial(take_lease, storage, save_id, shares)]
+    def mark() -> None:
+        nonlocal is_marked
+        take_lease(storage, save_id, shares, alone=alone)
+        is_marked = True
+
+    steps: list[Callable[[], None]] = [storage.prepare, look, mark]
     try:
         # Each costs a round trip for which training waits; but a directory must be there before anything in it.
         if storage.has_places:
@@ -74,9 +81,9 @@ def open_place(storage: Storage, save_id: str, nbytes: int, *, shares: str | Non
         else:
             for_each(steps, _call, threads=len(steps), name="open")
     except BaseException:
-        end_lease(save_id)
         with suppress(ShardckptError):
-            if not storage.has_places:
+            if is_marked:
+                end_lease(storage, save_id)
                 storage.delete([filenames.marker_name(save_id)])
             storage.remove_place()
         raise

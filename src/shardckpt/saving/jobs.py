@@ -186,7 +186,7 @@ class SaveJob(Job):
                 # Rank 0 stands in for ranks that have died.
                 ranks = range(order.operation.world_size) if rank == 0 else [rank]
                 commit.abandon(order.storage, order.pending.save_id, ranks)
-            commit.end_lease(order.pending.save_id)
+            commit.end_lease(order.storage, order.pending.save_id)
             order.pending.resolve(failure(order.pending.path, _cause(word, error, rank), unheard=unheard))
             return
         self._finish(order.report(verdict, rank_nbytes=rank_nbytes, alias=False))
@@ -268,7 +268,7 @@ class AliasJob(Job):
             if self.committed is None and not unheard and not isinstance(error, UncertainCommitError):
                 ranks = range(order.operation.world_size) if rank == 0 else [rank]
                 commit.abandon(order.storage, order.pending.save_id, ranks, also=self._linked)
-            commit.end_lease(order.pending.save_id)
+            commit.end_lease(order.storage, order.pending.save_id)
             order.pending.resolve(failure(order.pending.path, _cause(word, error, rank)))
             return
         self._finish(order.report(verdict, rank_nbytes=0, alias=True))

@@ -5,7 +5,7 @@ happens when :func:`open_storage` meets the first URL of one.
 """
 
 from shardckpt.storage.base import BLOCK, GET_LIMIT, ObjectWriter, Read, Stat, Storage, Uploads, check_name, join, split
-from shardckpt.storage.local import TEMP_PREFIX, LocalStorage
+from shardckpt.storage.local import TEMP_PREFIX, LocalStorage, is_temporary, temporary_name
 from shardckpt.storage.opening import is_local, local_path, open_storage
 
 __all__ = [
@@ -20,8 +20,10 @@ __all__ = [
     "Uploads",
     "check_name",
     "is_local",
+    "is_temporary",
     "join",
     "local_path",
     "open_storage",
     "split",
+    "temporary_name",
 ]

@@ -7,6 +7,7 @@ written aside and renamed or linked into place. Files get the permissions that t
 import builtins
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -34,9 +35,20 @@ from shardckpt.workers import THREADS
 
 TEMP_PREFIX = ".tmp-"
 """Names of files that a crash in the middle of :meth:`LocalStorage.put` may leave behind begin with this."""
+_TEMPORARY = re.compile(re.escape(TEMP_PREFIX) + "[0-9a-f]{16}")
 
 # Where hard links are refused a copy will do: another device, a file system or a policy without them, too many links.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
+
+
+def temporary_name() -> str:
+    """A name for a file that is there for a moment."""
+    return TEMP_PREFIX + token_hex(8)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is one that `temporary_name` gave; users have files of their own that begin like it."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 class LocalStorage:
@@ -192,7 +204,7 @@ class LocalStorage:
     @contextmanager
     def _written_aside(self, data: bytes, *, durable: bool) -> Iterator[tuple[str, int]]:
         """Write ``data`` to a file of another name in the directory; remove that name at the end."""
-        aside = os.path.join(self._directory, TEMP_PREFIX + token_hex(8))
+        aside = os.path.join(self._directory, temporary_name())
         descriptor = posix.open_new(aside)
         try:
             posix.write_fully(descriptor, memoryview(data), 0)

@@ -1,5 +1,6 @@
 """Copying a checkpoint from one storage to another: verified on its way, committed there at once."""
 
+import os
 import threading
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -7,14 +8,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from shardckpt import commit, options
+from shardckpt import commit, filenames, options
 from shardckpt.codecs import DIGEST_BLOCK, digest, digests_text
-from shardckpt.errors import ConflictingStateError, CorruptCheckpointError, UncertainCommitError, UsageError
+from shardckpt.errors import (
+    ConflictingStateError,
+    CorruptCheckpointError,
+    ObjectExistsError,
+    ShardckptError,
+    UncertainCommitError,
+    UsageError,
+)
 from shardckpt.filenames import save_id_of
 from shardckpt.manifest import FileEntry, ObjectEntry, RankManifest, decode_rank_manifest
 from shardckpt.options import Path
 from shardckpt.reader import read_bytes
-from shardckpt.storage import BLOCK, Storage, join, open_storage, split
+from shardckpt.storage import BLOCK, Storage, join, local_path, open_storage, split
 from shardckpt.tools.opened import Progress, nbytes_of, unheard
 from shardckpt.workers import for_each
 
@@ -62,6 +70,9 @@ def copy(
     into = commit.checkpoint_path(join(into, split(place)[1]) if into.endswith("/") else into)
     told = options.mapping("storage_options", storage_options)
     told_target = told if target_storage_options is None else options.mapping("target_", target_storage_options)
+    local = local_path(into)
+    if local is not None and os.path.islink(local):
+        raise UsageError(f"{into} is a symbolic link. Nothing was changed; copy to where it leads, or remove it first.")
     reading, writing = open_storage(place, told), open_storage(into, told_target)
     if (reading.url, told) == (writing.url, told_target):
         raise UsageError(f"{into} is what is to be copied, not a place to copy it to.")
@@ -105,8 +116,12 @@ class _Copy:
         # What a copy that died has left has the names of what is to come.
         commit.prune(self._target)
         shares = next((other for other in self._save_ids() if other != save_id), None)
-        previous = commit.open_place(self._target, save_id, self._total, shares=shares)
         try:
+            previous = commit.open_place(self._target, save_id, self._total, shares=shares, alone=True)
+        except ObjectExistsError as error:
+            raise self._is_running() from error
+        try:
+            # Before the first byte: what another copy of this save has committed has the names of what is to come.
             if previous != held:
                 raise ConflictingStateError(f"{self._target.url} was changed by another save just now; copy again.")
             for_each(self._manifest.files, self._copy_shard, threads=_FILES, name="copy")
@@ -117,12 +132,20 @@ class _Copy:
                 self._copy_objects(name, entries)
             commit.publish_record(self._target, self._record, previous)
         except UncertainCommitError:  # what it names must stay
-            commit.end_lease(save_id)
+            commit.end_lease(self._target, save_id)
             raise
         except BaseException:
-            commit.abandon(self._target, save_id, [0], also=self._names)
+            commit.abandon(self._target, save_id, [], also=[filenames.marker_name(save_id), *self._nobodys()])
             raise
         commit.clean(self._target, save_id)
+
+    def _nobodys(self) -> list[str]:
+        """The files to come less those of a checkpoint that is there: another copy may have won."""
+        try:
+            current = commit.find(self._target)
+        except ShardckptError:  # then nobody can tell
+            return []
+        return [name for name in self._names if current is None or name not in current.manifest.file_names()]
 
     def _save_ids(self) -> set[str]:
         return {save_id for name in self._names if (save_id := save_id_of(name)) is not None}
@@ -134,10 +157,13 @@ class _Copy:
             if current is not None and set(current.manifest.file_names()) & set(self._names):
                 raise UsageError(f"{self._target.url} holds a checkpoint of the same shards; copy to another place.")
         if commit.running(self._target) & {self._manifest.save_id, *self._save_ids()}:
-            raise ConflictingStateError(
-                f"another copy of this checkpoint to {self._target.url} is running, or was until a moment ago; try"
-                " again in three minutes."
-            )
+            raise self._is_running()
+
+    def _is_running(self) -> ConflictingStateError:
+        return ConflictingStateError(
+            f"another copy of this checkpoint to {self._target.url} is running, or was until a moment ago; try again in"
+            " three minutes."
+        )
 
     def _copied(self, nbytes: int) -> None:
         with self._lock:

@@ -6,7 +6,7 @@ from typing import Any
 from shardckpt import commit, filenames, options
 from shardckpt.errors import CheckpointNotFoundError
 from shardckpt.options import Path
-from shardckpt.storage import TEMP_PREFIX, Storage, Uploads, join, open_storage
+from shardckpt.storage import Storage, Uploads, is_temporary, join, open_storage
 
 
 def prune(
@@ -36,6 +36,6 @@ def prune(
 
 def _is_ours(storage: Storage) -> bool:
     names = [stat.name for stat in storage.list()]
-    return any(filenames.is_checkpoint_file(name) or name.startswith(TEMP_PREFIX) for name in names) or isinstance(
+    return any(filenames.is_checkpoint_file(name) or is_temporary(name) for name in names) or isinstance(
         storage, Uploads
     )
