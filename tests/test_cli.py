@@ -280,3 +280,57 @@ def test_a_mistake_of_ours_is_not_an_answer(monkeypatch, capsys):
         cli.main()
     assert ended.value.code == 70
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written(monkeypatch):
+    """A reader that has gone is no answer of `diff`, and a closed or full output is said, without a traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        with pytest.raises(typer.Exit) as ended:
+            screen.show("x")
+        assert ended.value.exit_code == codes.ExitCode.CLOSED
+    full = open("/dev/full", "w")  # noqa: SIM115 - closing it fails
+    monkeypatch.setattr(sys, "stdout", full)
+    with pytest.raises(errors.StorageError, match="cannot print: .*No space left"):
+        screen.show("x" * 100_000)
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(errors.StorageError, match="cannot print"):
+        screen.show_json(1)
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+
+
+def test_names_do_nothing_to_a_terminal(tmp_path):
+    """A checkpoint is anybody's: escapes in its names are shown, not obeyed, and a row stays a line."""
+    name = "a\x1b]0;gotcha\x07\nb"
+    shardckpt.save({name: torch.ones(2), f"{name}v": f"{name}!"}, tmp_path / "ck")
+    for command in ("inspect", "stats"):
+        text = run(command, tmp_path / "ck")
+        assert "\x1b" not in text
+        assert r"a\x1b]0;gotcha\x07\nb" in text
+    shardckpt.save({name: torch.zeros(2)}, tmp_path / "other")
+    assert "\x1b" not in run("diff", tmp_path / "ck", tmp_path / "other", code=1)
+
+
+def test_json_of_names_that_are_no_text(tmp_path):
+    """File names may be any bytes; JSON takes only text."""
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff")
+    shardckpt.save({"x": torch.ones(2)}, os.path.join(odd, "ck"))
+    (found,) = as_json("ls", odd)
+    assert found["status"] == "complete"
+    assert "odd\ufffd" in found["path"]
+
+
+def test_a_narrow_screen_shows_of_what_the_figures_are():
+    """Thirty columns are too few for all; the name and the status are not what goes."""
+    made = screen.table(
+        "checkpoint", "step", "age", "size", "ranks", "status", numbers=("step", "age", "size", "ranks")
+    )
+    screen.row(made, "step=1000.ckpt", 1000, "3 min", "1.2 GiB", 8, "complete")
+    console = screen.Console(width=30, file=io.StringIO())
+    console.print(made)
+    shown = "".join(console.file.getvalue().split())
+    assert "step=100" in shown
+    assert "complete" in shown

@@ -576,10 +576,107 @@ def test_prune_takes_what_dead_saves_left_and_nothing_else(tmp_path):
     planned = tools.prune(tmp_path, dry_run=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == whole
     assert tools.prune(tmp_path) == planned
-    assert planned[f"{tmp_path}/a"] == [filenames.shard_name(7, "aaaaaaaaaaaaaa1")]
+    assert planned.removed[f"{tmp_path}/a"] == [filenames.shard_name(7, "aaaaaaaaaaaaaa1")]
     assert {path.name for path in tmp_path.iterdir()} == {"a", "mixed", "empty"}
     assert set(files(tmp_path / "mixed")) == {"notes.txt"}
     assert [item.status for item in tools.ls(tmp_path)] == ["complete"]
-    assert tools.prune(tmp_path) == {}
+    assert tools.prune(tmp_path).removed == {}
     with pytest.raises(shardckpt.CheckpointNotFoundError):
         tools.prune(tmp_path / "none")
+
+
+def test_prune_leaves_what_it_cannot_judge_and_goes_on(tmp_path):
+    """One damaged manifest, a web page's, or a link must not keep the rest from being pruned, nor be touched."""
+    shardckpt.save({"x": torch.ones(2)}, tmp_path / "b")
+    shutil.copytree(tmp_path / "b", tmp_path / "dead")
+    shutil.copytree(tmp_path / "b", tmp_path.parent / "elsewhere")
+    for place in (tmp_path / "dead", tmp_path.parent / "elsewhere"):
+        (place / "manifest.json").unlink()
+    (tmp_path / "b/manifest.json").write_text('{"format": "shardckpt", "version": 1')
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web/manifest.json").write_text('{"name": "an app"}')
+    (tmp_path / "link").symlink_to(tmp_path.parent / "elsewhere")
+    found = tools.prune(tmp_path)
+    assert list(found.skipped) == [f"{tmp_path}/b"]
+    assert list(found.removed) == [f"{tmp_path}/dead"]
+    assert len(files(tmp_path.parent / "elsewhere")) == 2
+    assert (tmp_path / "web/manifest.json").exists()
+    assert {item.name: item.status for item in tools.ls(tmp_path)} == {"b": "damaged", "link": "unfinished"}
+    assert tools.ls(tmp_path / "web") == []
+
+
+def test_a_copy_takes_the_place_of_a_damaged_one_and_of_nothing_else(tmp_path):
+    """A good copy is what a damaged checkpoint needs; a directory of other things is no place for one."""
+    shardckpt.save({"x": torch.ones(2)}, tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/manifest.json").write_text("{")
+    tools.copy(tmp_path / "a", tmp_path / "b", overwrite=True)
+    assert files(tmp_path / "b") == files(tmp_path / "a")
+    for name in ("files", "folders"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "files/notes.txt").write_text("mine")
+    (tmp_path / "folders/one").mkdir()
+    for name in ("files", "folders"):
+        with pytest.raises(UsageError, match="end it with /"):
+            tools.copy(tmp_path / "a", tmp_path / name)
+        tools.copy(tmp_path / "a", f"{tmp_path / name}/")
+        assert shardckpt.is_checkpoint(tmp_path / name / "a")
+
+
+def test_a_listing_knows_of_every_file(tmp_path):
+    """Pickled objects too: one that was cut off would fail the load that is counted on."""
+    shardckpt.save({"x": torch.ones(2), "odd": Bomb()}, tmp_path / "a")
+    assert [item.status for item in tools.ls(tmp_path)] == ["complete"]
+    pickled = next((tmp_path / "a").glob("objects-*"))
+    os.truncate(pickled, 10)
+    assert [item.status for item in tools.ls(tmp_path)] == ["incomplete"]
+    with pytest.raises(shardckpt.CheckpointNotFoundError, match="is a file"):
+        tools.ls(pickled)
+
+
+def test_a_listing_looks_again_where_a_save_comes_between(tmp_path, monkeypatch):
+    """A checkpoint that is replaced between its listing and its record is not called incomplete."""
+    shardckpt.save({"x": torch.ones(2)}, tmp_path / "a")
+    inner, once = commit.find, iter((True,))
+
+    def late(*arguments: Any) -> Any:
+        if next(once, False):
+            shardckpt.save({"x": torch.ones(3)}, tmp_path / "a")
+        return inner(*arguments)
+
+    monkeypatch.setattr(commit, "find", late)
+    assert [item.status for item in tools.ls(tmp_path)] == ["complete"]
+
+
+def test_sets_are_equal_in_any_order(tmp_path):
+    """A set is stored as the process happened to hash it, which is another way in the next."""
+    names = {f"k{number}" for number in range(9)}
+    shardckpt.save({"s": names, "deep": [{"f": frozenset(names)}]}, tmp_path / "a")
+    record = json.loads((tmp_path / "a/manifest.json").read_text())
+
+    def turned(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {k: turned(v[::-1] if k in ("$set", "$frozenset") else v) for k, v in node.items()}
+        return [turned(item) for item in node] if isinstance(node, list) else node
+
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/manifest.json").write_text(json.dumps(record | {"state": turned(record["state"])}))
+    assert tools.diff(tmp_path / "a", tmp_path / "b").equal
+    assert (tmp_path / "a/manifest.json").read_bytes() != (tmp_path / "b/manifest.json").read_bytes()
+
+
+def test_patterns_that_match_nothing_are_said_to(tmp_path):
+    """A typo must not look like two checkpoints that are the same; a tied tensor goes by each of its names."""
+    weight = torch.ones(2)
+    shardckpt.save({"a": weight, "tied": weight}, tmp_path / "a")
+    with pytest.raises(UsageError, match="matches nothing"):
+        tools.diff(tmp_path / "a", tmp_path / "a", include=["typo*"])
+    with pytest.raises(UsageError, match="matches no tensor"):
+        tools.stats(tmp_path / "a", include=["typo*"])
+    assert [item.name for item in tools.stats(tmp_path / "a", include=["tied"])] == ["a"]
+
+
+def test_places_of_one_name_keep_their_values(tmp_path):
+    """{"a.b": 1, "a": {"b": 2}} has two values, which inspecting shows under two names."""
+    shardckpt.save({"a.b": 1, "a": {"b": 2}}, tmp_path / "a")
+    assert sorted(tools.inspect(tmp_path / "a").values.values()) == [1, 2]

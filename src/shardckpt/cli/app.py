@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Look at sharded checkpoints, compare them, copy them and tidy up.",
     epilog="Exit codes: 0 fine, 1 different (diff), 2 usage, 3 no checkpoint, 4 damaged, 5 newer format, 6 storage,"
-    " 7 other failure.",
+    " 7 other failure, 141 output closed.",
 )
 
 
@@ -171,6 +171,10 @@ def prune(
     """Remove what saves that died have left. Checkpoints stay, and running saves, and all that is yours."""
     found = tools.prune(directory, dry_run=dry_run, storage_options=storage_options(storage_option))
     if json:
-        show_json({"dry_run": dry_run, "removed": found})
+        show_json({"dry_run": dry_run, **vars(found)})
     else:
         views.pruned(found, dry_run=dry_run)
+    for place, problem in found.skipped.items():
+        complain(f"nothing was pruned at {place}: {problem}")
+    if found.skipped:
+        raise typer.Exit(ExitCode.DAMAGED)

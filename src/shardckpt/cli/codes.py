@@ -28,6 +28,8 @@ class ExitCode(IntEnum):
     """The storage refused: credentials, permissions, room, network."""
     FAILED = 7
     """Anything else that shardckpt says is wrong."""
+    CLOSED = 141
+    """Whoever read the output has gone, as ``head`` does."""
 
 
 _CODES: tuple[tuple[type[ShardckptError], ExitCode], ...] = (

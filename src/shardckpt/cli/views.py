@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.text import Text
 from rich.tree import Tree
 
-from shardckpt.cli.screen import ago, number, row, shorten, show, table
+from shardckpt.cli.screen import ago, number, printable, row, shorten, show, table
 from shardckpt.reports import size_text
 from shardckpt.tools import (
     Comparison,
@@ -13,6 +13,7 @@ from shardckpt.tools import (
     Inspection,
     Listed,
     Node,
+    Pruned,
     TensorStats,
     age,
     text_of,
@@ -56,35 +57,37 @@ def inspected(found: Inspection, depth: int | None) -> None:
         row(ranks, item.rank, size_text(item.nbytes), f"{item.share:.1%}", item.entries, item.file)
     state = Tree(Text("state", style="bold"))
     tensors = {name: tensor for tensor in found.tensors for name in (tensor.name, *tensor.aliases)}
-    _grow(state, found.tree, found, tensors, depth)
-    show(Text(found.path, style="bold"), facts, "", ranks, "", state)
+    sizes = {item.path: item.nbytes for item in found.objects}
+    _grow(state, found.tree, sizes, tensors, depth)
+    show(Text(printable(found.path), style="bold"), facts, "", ranks, "", state)
 
 
-def _grow(tree: Tree, node: Node, found: Inspection, tensors: Mapping[str, TensorInfo], depth: int | None) -> None:
+def _grow(
+    tree: Tree, node: Node, pickled: Mapping[str, int], tensors: Mapping[str, TensorInfo], depth: int | None
+) -> None:
     if not node.path and not node.children:
-        tree.add(_about(node, found, tensors))
+        tree.add(_about(node, pickled, tensors))
     for child in node.children:
-        branch = tree.add(_about(child, found, tensors))
+        branch = tree.add(_about(child, pickled, tensors))
         if depth is None or depth > 1:
-            _grow(branch, child, found, tensors, None if depth is None else depth - 1)
+            _grow(branch, child, pickled, tensors, None if depth is None else depth - 1)
 
 
-def _about(node: Node, found: Inspection, tensors: Mapping[str, TensorInfo]) -> Text:
-    label = Text(node.key, style="bold" if node.children else "")
+def _about(node: Node, pickled: Mapping[str, int], tensors: Mapping[str, TensorInfo]) -> Text:
+    label = Text(printable(node.key), style="bold" if node.children else "")
     label.append("  ")
     if node.kind == "value":
-        return label.append(shorten(text_of(node.value), _VALUE_WIDTH), style="dim")
+        return label.append(printable(shorten(text_of(node.value), _VALUE_WIDTH)), style="dim")
     if node.tensor is not None:
         tensor = tensors[node.tensor]
         parts = [f"{tensor.dtype} {list(tensor.shape)}", size_text(tensor.nbytes)]
         parts += [f"{len(tensor.shards)} shards"] * (len(tensor.shards) > 1)
-        parts += [f"is {tensor.name}"] * (tensor.name != node.tensor)
+        parts += [f"is {printable(tensor.name)}"] * (tensor.name != node.tensor)
         parts += [f"{tensor.codec}: {size_text(tensor.stored_nbytes)}"] * (tensor.codec is not None)
         parts += [node.kind] * (node.kind != "tensor")
         return label.append("  ".join(parts))
     if node.kind == "object":
-        nbytes = next(item.nbytes for item in found.objects if item.path == node.value)
-        return label.append(f"pickled object, {size_text(nbytes)}", style="yellow")
+        return label.append(f"pickled object, {size_text(pickled[node.value])}", style="yellow")
     return label.append(_container(node), style="dim")
 
 
@@ -107,7 +110,9 @@ def counted(found: Sequence[TensorStats]) -> None:
 def compared(found: Comparison) -> None:
     for name, places in ((found.a, found.only_a), (found.b, found.only_b)):
         if places:
-            show(Text(f"only in {name}", style="bold"), *(f"  {place or 'the root'}" for place in places), "")
+            show(
+                Text(f"only in {printable(name)}", style="bold"), *(f"  {place or 'the root'}" for place in places), ""
+            )
     if found.changed:
         made = table("place", "first", "second")
         for change in found.changed:
@@ -133,7 +138,7 @@ def copied(report: CopyReport) -> None:
         show(f"{report.target} holds this save already: nothing was copied")
 
 
-def pruned(found: Mapping[str, Sequence[str]], *, dry_run: bool) -> None:
-    count = sum(map(len, found.values()))
-    show(*(f"{place}: {name}" for place, names in found.items() for name in names))
+def pruned(found: Pruned, *, dry_run: bool) -> None:
+    count = sum(map(len, found.removed.values()))
+    show(*(f"{place}: {name}" for place, names in found.removed.items() for name in names))
     show(f"{count} file(s) and uploads {'would be removed' if dry_run else 'removed'}" if count else "nothing to prune")

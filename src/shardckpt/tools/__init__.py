@@ -7,7 +7,7 @@ from shardckpt.tools.comparison import Comparison, TensorDifference, diff
 from shardckpt.tools.copying import CopyReport, copy
 from shardckpt.tools.inspection import Inspection, inspect
 from shardckpt.tools.listing import Listed, age, ls
-from shardckpt.tools.pruning import prune
+from shardckpt.tools.pruning import Pruned, prune
 from shardckpt.tools.statistics import TensorStats, stats
 from shardckpt.tools.tree import Node, text_of, walk
 
@@ -17,6 +17,7 @@ __all__ = [
     "Inspection",
     "Listed",
     "Node",
+    "Pruned",
     "TensorDifference",
     "TensorStats",
     "age",

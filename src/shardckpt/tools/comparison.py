@@ -10,12 +10,14 @@ import numpy
 import torch
 from torch import Tensor
 
+from shardckpt.errors import UsageError
 from shardckpt.manifest import Manifest, TensorEntry
 from shardckpt.options import Path
 from shardckpt.planner import Wanted
 from shardckpt.staging import StagingPool
 from shardckpt.state.names import unique
 from shardckpt.state.selection import Selection
+from shardckpt.state.values import tag_of
 from shardckpt.tools.numbers import doubles, octets, stretches
 from shardckpt.tools.opened import Opened, Progress, open_checkpoint, unheard
 from shardckpt.tools.streaming import batches, read
@@ -87,11 +89,14 @@ def diff(
 ) -> Comparison:
     """Compare two checkpoints, however many ranks saved each; tensors are streamed, and verified as they are read.
 
-    ``include`` and ``exclude`` are patterns of places as for a save. Raises what opening and reading a checkpoint do.
+    ``include`` and ``exclude`` are patterns of places as for a save. Raises what opening and reading a checkpoint do,
+    and UsageError where ``include`` matches nothing.
     """
     first, second = open_checkpoint(a, storage_options), open_checkpoint(b, storage_options)
     selection = Selection(include, exclude)
     ours, theirs = _places(first.manifest, selection), _places(second.manifest, selection)
+    if include and not (ours or theirs):
+        raise UsageError(f"include={list(include)} matches nothing in {first.path} or {second.path}.")
     found = Comparison(first.path, second.path, _missing(ours, theirs), _missing(theirs, ours), [])
     tensors: dict[tuple[str, str], list[TensorDifference]] = defaultdict(list)
     for path, (node, _) in ours.items():
@@ -158,7 +163,18 @@ def _mark(manifest: Manifest, node: Node) -> tuple[Any, ...]:
         entry = manifest.objects[node.value]
         return node.kind, entry.nbytes, entry.digest
     # As JSON, since to Python 1, 1.0 and True are equal.
-    return node.kind, msgspec.json.encode(node.value)
+    return node.kind, msgspec.json.encode(_in_order(node.value))
+
+
+def _in_order(value: Any) -> Any:
+    """A plain value with its sets sorted: they are stored as the saving process happened to hash them."""
+    if isinstance(value, list):
+        return [_in_order(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ordered = {key: _in_order(item) for key, item in value.items()}
+    tag = tag_of(value)
+    return {tag: sorted(ordered[tag], key=msgspec.json.encode)} if tag in ("$set", "$frozenset") else ordered
 
 
 def _text(manifest: Manifest, node: Node) -> str:

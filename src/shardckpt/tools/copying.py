@@ -5,6 +5,7 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -22,7 +23,7 @@ from shardckpt.filenames import save_id_of
 from shardckpt.manifest import FileEntry, ObjectEntry, RankManifest, decode_rank_manifest
 from shardckpt.options import Path
 from shardckpt.reader import read_bytes
-from shardckpt.storage import BLOCK, Storage, join, local_path, open_storage, split
+from shardckpt.storage import BLOCK, Storage, is_temporary, join, local_path, open_storage, split
 from shardckpt.tools.opened import Progress, nbytes_of, unheard
 from shardckpt.workers import for_each
 
@@ -81,10 +82,22 @@ def copy(
     held = commit.find_bytes(writing)
     if held == found.data:
         return CopyReport(place, into, save_id, 0)
+    if held is None:
+        _check_room(into, writing)
     if held is not None and not overwrite:
         raise UsageError(f"{into} holds another checkpoint. Nothing was changed; overwrite (--overwrite) replaces it.")
     _Copy(reading, found, writing, progress).run(held)
     return CopyReport(place, into, save_id, nbytes_of(found.manifest) + len(found.data))
+
+
+def _check_room(path: str, storage: Storage) -> None:
+    """Raise UsageError where other things than the remains of a checkpoint lie."""
+    names = [stat.name for stat in storage.list()]
+    others = [name for name in names if not filenames.is_checkpoint_file(name) and not is_temporary(name)]
+    if others := [*others, *storage.children()]:
+        raise UsageError(
+            f"{path} is a directory with {others[0]!r} in it. Nothing was changed; end it with / to copy into it."
+        )
 
 
 class _Cell(NamedTuple):
@@ -114,7 +127,8 @@ class _Copy:
         save_id = self._manifest.save_id
         self._check_free(held)
         # What a copy that died has left has the names of what is to come.
-        commit.prune(self._target)
+        with suppress(CorruptCheckpointError):  # a manifest that cannot be read, and is to be replaced
+            commit.prune(self._target)
         shares = next((other for other in self._save_ids() if other != save_id), None)
         try:
             previous = commit.open_place(self._target, save_id, self._total, shares=shares, alone=True)
@@ -153,7 +167,10 @@ class _Copy:
     def _check_free(self, held: bytes | None) -> None:
         """Raise where files there, which must stay, have the names of those that are to come."""
         if held is not None:
-            current = commit.find(self._target)
+            try:
+                current = commit.find(self._target)
+            except CorruptCheckpointError:
+                current = None
             if current is not None and set(current.manifest.file_names()) & set(self._names):
                 raise UsageError(f"{self._target.url} holds a checkpoint of the same shards; copy to another place.")
         if commit.running(self._target) & {self._manifest.save_id, *self._save_ids()}:

@@ -9,6 +9,7 @@ from typing import Any
 from shardckpt.codecs import ITEMSIZE
 from shardckpt.manifest import Manifest, TensorEntry
 from shardckpt.options import Path
+from shardckpt.state.names import unique
 from shardckpt.tools.opened import begun, committed, nbytes_of, open_checkpoint, step_of
 from shardckpt.tools.tree import Node, tree_of, walk
 
@@ -101,6 +102,10 @@ def inspect(path: Path, *, storage_options: Mapping[str, Any] | None = None) -> 
         aliases[name].append(alias)
     tensors = [_tensor(name, entry, aliases[name]) for name, entry in manifest.tensors.items()]
     tree = tree_of(manifest)
+    plain: dict[str, Any] = {}
+    for node in walk(tree):
+        if node.kind == "value":
+            plain[unique(node.path, plain.__contains__)] = node.value
     start, end = begun(manifest), committed(manifest)
     return Inspection(
         path=opened.path,
@@ -115,7 +120,7 @@ def inspect(path: Path, *, storage_options: Mapping[str, Any] | None = None) -> 
         tensor_nbytes=sum(tensor.nbytes for tensor in tensors),
         ranks=_ranks(manifest),
         tensors=tensors,
-        values={node.path: node.value for node in walk(tree) if node.kind == "value"},
+        values=plain,
         objects=[Pickled(place, entry.file, entry.nbytes) for place, entry in manifest.objects.items()],
         per_rank=[*manifest.per_rank],
         tree=tree,

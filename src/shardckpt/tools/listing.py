@@ -13,7 +13,7 @@ from shardckpt.filenames import MANIFEST
 from shardckpt.manifest import Manifest
 from shardckpt.options import Path
 from shardckpt.storage import Stat, Storage, is_local, join, local_path, open_storage, split
-from shardckpt.tools.opened import committed, step_of
+from shardckpt.tools.opened import committed, is_foreign, objects_of, step_of
 from shardckpt.workers import for_each
 
 Status = Literal["complete", "saving", "unfinished", "incomplete", "damaged", "newer"]
@@ -49,6 +49,9 @@ def ls(path: Path, *, storage_options: Mapping[str, Any] | None = None) -> list[
     """
     text = commit.checkpoint_path(options.path_text(path))
     told = options.mapping("storage_options", storage_options)
+    local = local_path(text)
+    if local is not None and os.path.isfile(os.path.expanduser(local)):
+        raise CheckpointNotFoundError(f"{text} is a file, and checkpoints are directories.")
     root = open_storage(text, told)
     itself = _look(text, root)
     if itself is not None:
@@ -74,11 +77,11 @@ def _exists(path: str, root: Storage) -> bool:
     return bool(root.list())
 
 
-def _look(path: str, storage: Storage) -> Listed | None:
-    """What a place holds; None where nothing of ours is there."""
+def _look(path: str, storage: Storage, *, again: bool = False) -> Listed | None:
+    """What a place holds; None where nothing of ours is there. ``again``: what is lacking has been looked for twice."""
     stats = {stat.name: stat for stat in storage.list()}
     ours = [stat for name, stat in stats.items() if filenames.is_checkpoint_file(name)]
-    if not ours:
+    if not ours or ([stat.name for stat in ours] == [MANIFEST] and is_foreign(storage)):
         return None
     name = split(path)[1]
     in_name = _STEP.search(name)
@@ -96,6 +99,8 @@ def _look(path: str, storage: Storage) -> Listed | None:
         return Listed(path, name, "saving" if running else "unfinished", why, step, last, nbytes, None, None)
     manifest = found.manifest
     problem = _lacking(manifest, stats)
+    if problem is not None and not again:
+        return _look(path, storage, again=True)  # it may have been replaced between the listing and its record
     said = step_of(manifest)
     return Listed(
         path,
@@ -114,6 +119,7 @@ def _lacking(manifest: Manifest, stats: Mapping[str, Stat]) -> str | None:
     """What is missing of a checkpoint, as far as a listing shows it."""
     sizes = [(file.name, file.size) for file in manifest.files]
     sizes += [(file.manifest, file.manifest_size) for file in manifest.files]
+    sizes += objects_of(manifest).items()
     there = [(stats[name], size) for name, size in sizes if name in stats]
     wrong = [f"{stat.name} has {stat.size} of {size} bytes" for stat, size in there if stat.size != size]
     missing = [f"{name} is missing" for name in manifest.file_names() if name not in stats]

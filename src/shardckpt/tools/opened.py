@@ -2,16 +2,22 @@
 
 import datetime
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from shardckpt import coordinator, loading, options
-from shardckpt.manifest import Manifest
+from shardckpt.errors import ShardckptError
+from shardckpt.filenames import MANIFEST
+from shardckpt.manifest import FORMAT, Manifest
 from shardckpt.options import Path
 from shardckpt.state import values
 from shardckpt.storage import Storage
 
 Progress = Callable[[int, int], None]
 """Hears of bytes done, and of all bytes."""
+_FOREIGN_BYTES: Final = 1 << 20
+"""Bytes of a ``manifest.json`` past which nobody but us writes one."""
 
 
 def unheard(_done: int, _total: int) -> None:
@@ -44,12 +50,26 @@ def step_of(manifest: Manifest) -> int | None:
     return next((step for step in found if type(step) is int), None)
 
 
-def nbytes_of(manifest: Manifest) -> int:
-    """Bytes of all files that a checkpoint names: shards, the manifests of ranks, pickled objects; not its own."""
+def objects_of(manifest: Manifest) -> dict[str, int]:
+    """The files of pickled objects, and the size of each in bytes."""
     objects: dict[str, int] = {}
     for entry in manifest.objects.values():
         objects[entry.file] = max(objects.get(entry.file, 0), entry.offset + entry.nbytes)
-    return sum(file.size + file.manifest_size for file in manifest.files) + sum(objects.values())
+    return objects
+
+
+def nbytes_of(manifest: Manifest) -> int:
+    """Bytes of all files that a checkpoint names: shards, the manifests of ranks, pickled objects; not its own."""
+    return sum(file.size + file.manifest_size for file in manifest.files) + sum(objects_of(manifest).values())
+
+
+def is_foreign(storage: Storage) -> bool:
+    """Whether the ``manifest.json`` of a place is somebody else's: JSON, as web pages have it, of another format."""
+    try:
+        said = msgspec.json.decode(storage.get(MANIFEST, limit=_FOREIGN_BYTES))
+    except (ShardckptError, ValueError, RecursionError):
+        return False
+    return not isinstance(said, dict) or said.get("format") != FORMAT
 
 
 def committed(manifest: Manifest) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardckpt.errors import UsageError
 from shardckpt.options import Path
 from shardckpt.staging import StagingPool
 from shardckpt.state.selection import Selection
@@ -50,11 +51,17 @@ def stats(
     """Read and verify the tensors of a checkpoint, and say what their numbers are like; in the order of the state.
 
     ``include`` and ``exclude`` are patterns of names as for a save. ``progress`` hears of bytes done and of all bytes.
-    Raises what opening and reading a checkpoint do.
+    A tensor that has several names goes by any of them. Raises what opening and reading a checkpoint do, and UsageError
+    where ``include`` matches nothing.
     """
     opened = open_checkpoint(path, storage_options)
     selection = Selection(include, exclude)
-    chosen = {name: tensor for name, tensor in opened.manifest.tensors.items() if selection(name)}
+    names: dict[str, list[str]] = {name: [name] for name in opened.manifest.tensors}
+    for alias, name in opened.manifest.aliases.items():
+        names[name].append(alias)
+    chosen = {name: opened.manifest.tensors[name] for name, called in names.items() if any(map(selection, called))}
+    if include and not chosen:
+        raise UsageError(f"include={list(include)} matches no tensor in {opened.path}.")
     found = {name: _Sums(TensorStats(name, t.dtype, t.shape, math.prod(t.shape))) for name, t in chosen.items()}
     total, done = sum(sum(tensor.nbytes) for tensor in chosen.values()), 0
     pool = StagingPool()
