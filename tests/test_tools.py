@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -473,7 +474,9 @@ def test_a_copy_that_comes_second_spares_what_the_first_committed(tmp_path, monk
         return inner(*arguments, **options)
 
     monkeypatch.setattr(commit, method, late)
-    with pytest.raises((shardckpt.ConflictingStateError, shardckpt.SaveFailedError)):
+    # The very same record that is there at the commit is a success, as after an answer that got lost.
+    refused = pytest.raises(shardckpt.ConflictingStateError) if method == "open_place" else nullcontext()
+    with refused:
         tools.copy(tmp_path / "a", tmp_path / "b")
     assert files(tmp_path / "b") == files(tmp_path / "a")
 
