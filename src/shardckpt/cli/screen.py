@@ -83,10 +83,7 @@ def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in columns:
         is_number = name in numbers
-        narrow = None if is_number else min(len(name), 8)  # or narrow screens show figures and not of what
-        made.add_column(
-            name, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold", min_width=narrow
-        )
+        made.add_column(name, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
     return made
 
 

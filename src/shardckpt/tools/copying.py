@@ -171,6 +171,7 @@ class _Copy:
                 current = commit.find(self._target)
             except CorruptCheckpointError:
                 current = None
+                self._target.delete(self._names)  # nobody can say whose they are, and it is to be replaced
             if current is not None and set(current.manifest.file_names()) & set(self._names):
                 raise UsageError(f"{self._target.url} holds a checkpoint of the same shards; copy to another place.")
         if commit.running(self._target) & {self._manifest.save_id, *self._save_ids()}:
