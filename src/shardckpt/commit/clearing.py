@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from shardckpt import filenames
 from shardckpt.commit.finding import find
-from shardckpt.errors import ObjectExistsError, ShardckptError
+from shardckpt.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, ShardckptError
 from shardckpt.filenames import MANIFEST
 from shardckpt.storage import Stat, Storage, Uploads, is_temporary, temporary_name
 
@@ -237,7 +237,7 @@ def _is_alive(said: dict[str, Any], marker: Stat, save_id: str | None, now: floa
     if said.get("machine") == _machine() and type(pid := said.get("pid")) is int:
         # The number of a process that has died may be another's by now, so it alone does not keep files for ever.
         if pid == os.getpid():
-            return any(save_id == led for _, led in _leases)
+            return any(save_id == led for _, led in list(_leases))  # other threads begin and end saves
         return is_fresh and _runs(pid)
     return is_fresh
 
@@ -245,7 +245,7 @@ def _is_alive(said: dict[str, Any], marker: Stat, save_id: str | None, now: floa
 def _read_marker(storage: Storage, name: str) -> dict[str, Any]:
     try:
         said = json.loads(storage.get(name, limit=_MARKER_BYTES))
-    except (ShardckptError, ValueError, RecursionError):
+    except (ObjectNotFoundError, CorruptCheckpointError, ValueError, RecursionError):
         return {}
     if not isinstance(said, dict) or not isinstance(said.get("shares"), (str, type(None))):
         return {}

@@ -119,6 +119,8 @@ class _Copy:
         self._names = found.manifest.file_names()
         self._total = nbytes_of(found.manifest)
         self._progress = progress
+        self._is_damaged = False
+        """Whether the target's commit record is."""
         self._done = 0
         self._lock = threading.Lock()
 
@@ -138,6 +140,8 @@ class _Copy:
             # Before the first byte: what another copy of this save has committed has the names of what is to come.
             if previous != held:
                 raise ConflictingStateError(f"{self._target.url} was changed by another save just now; copy again.")
+            if self._is_damaged:
+                self._target.delete(self._names)  # nobody can say whose they are, and it is to be replaced
             for_each(self._manifest.files, self._copy_shard, threads=_FILES, name="copy")
             objects: defaultdict[str, list[ObjectEntry]] = defaultdict(list)
             for entry in self._manifest.objects.values():
@@ -149,7 +153,8 @@ class _Copy:
             commit.end_lease(self._target, save_id)
             raise
         except BaseException:
-            commit.abandon(self._target, save_id, [], also=[filenames.marker_name(save_id), *self._nobodys()])
+            # The marker last: until it is gone no other copy writes files of these names.
+            commit.abandon(self._target, save_id, [], also=[*self._nobodys(), filenames.marker_name(save_id)])
             raise
         commit.clean(self._target, save_id)
 
@@ -170,8 +175,7 @@ class _Copy:
             try:
                 current = commit.find(self._target)
             except CorruptCheckpointError:
-                current = None
-                self._target.delete(self._names)  # nobody can say whose they are, and it is to be replaced
+                current, self._is_damaged = None, True
             if current is not None and set(current.manifest.file_names()) & set(self._names):
                 raise UsageError(f"{self._target.url} holds a checkpoint of the same shards; copy to another place.")
         if commit.running(self._target) & {self._manifest.save_id, *self._save_ids()}:
