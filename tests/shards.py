@@ -152,6 +152,7 @@ def small_grid() -> Iterator[None]:
         shardckpt.writer.streams,
         shardckpt.reader.fetch,
         shardckpt.reader.shards,
+        shardckpt.reader.parts,
         shardckpt.reader.targets,
     ]
     patches = [

@@ -310,7 +310,7 @@ class Heated(LocalStorage):
 @pytest.fixture
 def cell_by_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the cache has is read in steps of one digest block, so that a few make several steps."""
-    monkeypatch.setattr("shardckpt.reader.targets.CACHED_STEP", DIGEST_BLOCK)
+    monkeypatch.setattr("shardckpt.reader.parts.CACHED_STEP", DIGEST_BLOCK)
 
 
 @pytest.mark.usefixtures("cell_by_cell")

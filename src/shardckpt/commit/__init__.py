@@ -18,6 +18,7 @@ from shardckpt.commit.publishing import (
     put_rank_manifest,
     read_back,
 )
+from shardckpt.commit.words import check_words, contradictions, has_words, suffice
 
 __all__ = [
     "Found",
@@ -27,11 +28,14 @@ __all__ = [
     "abandon",
     "assemble",
     "check_unchanged",
+    "check_words",
     "checkpoint_path",
     "clean",
+    "contradictions",
     "end_lease",
     "find",
     "find_bytes",
+    "has_words",
     "is_checkpoint",
     "latest",
     "new_save_id",
@@ -45,6 +49,7 @@ __all__ = [
     "read_back",
     "remove",
     "running",
+    "suffice",
     "tables",
     "with_values",
 ]

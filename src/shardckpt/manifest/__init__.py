@@ -8,7 +8,7 @@ Nothing here does I/O. Parsing treats its input as hostile: every name, size and
 """
 
 from shardckpt.manifest.checks import MAX_MANIFEST_BYTES
-from shardckpt.manifest.coding import COMPRESS_ABOVE, decode_manifest, decode_rank_manifest, encode
+from shardckpt.manifest.coding import COMPRESS_ABOVE, decode_manifest, decode_rank_manifest, decode_rank_word, encode
 from shardckpt.manifest.records import (
     FORMAT,
     PER_RANK,
@@ -18,6 +18,7 @@ from shardckpt.manifest.records import (
     ObjectEntry,
     RankManifest,
     RankValues,
+    RankWord,
     ShardEntry,
     TensorEntry,
     TensorHead,
@@ -34,10 +35,12 @@ __all__ = [
     "ObjectEntry",
     "RankManifest",
     "RankValues",
+    "RankWord",
     "ShardEntry",
     "TensorEntry",
     "TensorHead",
     "decode_manifest",
     "decode_rank_manifest",
+    "decode_rank_word",
     "encode",
 ]

@@ -9,7 +9,7 @@ import zstandard
 from shardckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 from shardckpt.garbage import held_off
 from shardckpt.manifest.checks import MAX_MANIFEST_BYTES, problems, rank_problems, refuse
-from shardckpt.manifest.records import VERSION, Manifest, RankManifest, check_format
+from shardckpt.manifest.records import VERSION, Manifest, RankManifest, RankWord, check_format
 
 COMPRESS_ABOVE: Final = 1 << 20
 """Bytes of JSON past which a manifest is stored zstd-compressed."""
@@ -43,7 +43,7 @@ def _rows(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-AnyManifest = TypeVar("AnyManifest", Manifest, RankManifest)
+AnyManifest = TypeVar("AnyManifest", Manifest, RankManifest, RankWord)
 
 
 def _decode(data: bytes, kind: type[AnyManifest], where: str, *, doubted: bool = True) -> AnyManifest:
@@ -123,3 +123,9 @@ def decode_rank_manifest(data: bytes, where: str, *, doubted: bool = True) -> Ra
     if doubted:
         refuse(where, rank_problems(manifest))
     return manifest
+
+
+@held_off()
+def decode_rank_word(data: bytes, where: str) -> RankWord:
+    """Parse of a rank's manifest only what is not about tensors; for bytes that have their digest. Raises as above."""
+    return _decode(data, RankWord, where, doubted=False)

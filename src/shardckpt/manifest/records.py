@@ -83,6 +83,14 @@ class RankManifest(msgspec.Struct, kw_only=True, omit_defaults=True):
         check_format(self.format, self.version)
 
 
+class RankWord(msgspec.Struct):
+    """What a rank's manifest says besides where its tensors lie: by far the smaller part of many."""
+
+    state: Json = None
+    objects: dict[str, ObjectEntry] = {}
+    per_rank: RankValues | None = None
+
+
 class FileEntry(msgspec.Struct):
     """A shard and the manifest of the rank that wrote it; sizes in bytes."""
 

@@ -38,6 +38,13 @@ class ReadPlan:
         """All files to read something of."""
         return list(self._files.values())
 
+    def file(self, index: int) -> ShardFile:
+        """The file of that number, which counts among `files` from now on."""
+        found = self._files.get(index)
+        if found is None:
+            found = self._files[index] = ShardFile(self.storage, self.manifest.files[index])
+        return found
+
     @held_off()
     def add(self, wanted: Sequence[Wanted]) -> None:
         """Plan for more. What is wanted is numbered through, in the order in which it is added.
@@ -81,10 +88,7 @@ class ReadPlan:
 
     def _new_piece(self, name: str, shard: int) -> tuple[ShardFile, Piece]:
         tensor = self.manifest.tensors[name]
-        index = tensor.file[shard]
-        file = self._files.get(index)
-        if file is None:
-            file = self._files[index] = ShardFile(self.storage, self.manifest.files[index])
+        file = self.file(tensor.file[shard])
         piece = Piece(name, tensor, shard, self._boxes[name][shard])
         file.pieces.append(piece)
         return file, piece

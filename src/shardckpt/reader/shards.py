@@ -1,9 +1,9 @@
 """The files that a read needs: checked before anything is placed, then verified block by block."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -31,16 +31,25 @@ MAX_CELL: Final = BLOCK - PAGE
 """Stored bytes of a cell that fit into a block wherever they start. Frames of incompressible data are far from it."""
 
 
+class Damage(NamedTuple):
+    """Bytes [start, stop) of a file that are not what was written: digests in 16 hex digits."""
+
+    start: int
+    stop: int
+    expected: str
+    found: str
+
+
 class Piece:
     """An entry of a shard, and what it is wanted for."""
 
     __slots__ = (
-        "_compressed",
         "_digests",
         "_itemsize",
         "_name",
         "_torch_dtype",
         "box",
+        "compressed",
         "dtype",
         "entry",
         "fqn",
@@ -62,9 +71,10 @@ class Piece:
         """What of it is wanted: for which target, by its number, and which box of the whole tensor."""
         self.placements: list[Placement] = []
         """The copies that bring it there, after `bind`."""
-        self._torch_dtype = torch_dtype(tensor.dtype)
+        if tensor.dtype not in ITEMSIZE:
+            torch_dtype(tensor.dtype)  # says what is to be done
         self._itemsize = ITEMSIZE[tensor.dtype]
-        self._compressed = False
+        self.compressed = False
         self._digests = ""
         self._name = ""
 
@@ -75,7 +85,8 @@ class Piece:
         return self.offset + start * self._itemsize, self.offset + stop * self._itemsize
 
     def bind(self, targets: Sequence[Target]) -> None:
-        """Say where what is wanted goes."""
+        """Say where what is wanted goes. Raises UnsupportedFormatError where this torch lacks the dtype."""
+        self._torch_dtype = torch_dtype(self.dtype)
         self.placements = [Placement(self.box, box, targets[number], self._torch_dtype) for number, box in self.wanted]
 
     def also(self, placements: Sequence[Placement]) -> "Piece":
@@ -103,7 +114,7 @@ class Piece:
             raise UnsupportedFormatError(f"tensor {self.fqn!r} is compressed with {entry.codec!r}; upgrade shardckpt")
         elif entry.frames is None or len(entry.frames) != cells or not all(0 < n <= MAX_CELL for n in entry.frames):
             raise self._error(f"should have {cells} frames of ordinary size", name, self.offset)
-        self._compressed = entry.codec is not None
+        self.compressed = entry.codec is not None
         self._digests = entry.digests
         self._name = name
         wanted = [(0, 1)]
@@ -117,37 +128,43 @@ class Piece:
 
         Of less than a cell too: the state that a damaged file leaves is a broken one, which small states needn't be.
         """
-        if self._compressed or len(self.placements) != 1 or run.stop_byte - run.start_byte < DIGEST_BLOCK:
+        if self.compressed or len(self.placements) != 1 or run.stop_byte - run.start_byte < DIGEST_BLOCK:
             return None
         start = run.first * DIGEST_BLOCK // self._itemsize
         return self.placements[0].window(start, start + (run.stop_byte - run.start_byte) // self._itemsize)
 
-    def verify(self, run: "Run[Piece]", memory: memoryview, start: int) -> None:
-        """Compare cells with their digests. `memory` holds the file's bytes from `start` on."""
+    def damage(self, run: "Run[Piece]", memory: memoryview, start: int) -> "Iterator[Damage]":
+        """The cells that do not have their digests. `memory` holds the file's bytes from `start` on."""
         at = run.start_byte
         for cell, expected in enumerate(parse_digests(self._digests[16 * run.first : 16 * run.stop]), run.first + 1):
             stop = run.stop_byte if cell == run.stop else run.extent.start_of(cell)
             found = digest(memory[at - start : stop - start])
             if found != expected:
-                expected_text, found_text = digests_text([expected]), digests_text([found])
-                raise self._error(
-                    f"is damaged: {stop - at} bytes have the digest {found_text}, not {expected_text}", self._name, at
-                )
+                yield Damage(at, stop, digests_text([expected]), digests_text([found]))
             at = stop
 
-    def place(self, run: "Run[Piece]", block: Block, start: int) -> None:
-        """Copy verified cells to where they are wanted. `block` holds the file's bytes from `start` on."""
-        if not self._compressed:
-            self._copy(block.tensor[run.start_byte - start : run.stop_byte - start], run.first)
-            return
+    def verify(self, run: "Run[Piece]", memory: memoryview, start: int) -> None:
+        """Compare cells with their digests; raises CorruptCheckpointError that names the first that is damaged."""
+        for at, stop, expected, found in self.damage(run, memory, start):
+            raise self._error(f"is damaged: {stop - at} bytes have the digest {found}, not {expected}", self._name, at)
+
+    def frames(self, run: "Run[Piece]", memory: memoryview, start: int) -> Iterator[tuple[int, bytes]]:
+        """Compressed cells by number as raw bytes; raises CorruptCheckpointError for one that is no frame."""
         raw = self.box.volume * self._itemsize
         for cell in range(run.first, run.stop):
             at, stop = run.extent.start_of(cell), run.extent.start_of(cell + 1)
-            size = min(DIGEST_BLOCK, raw - cell * DIGEST_BLOCK)
             try:
-                data = decompress_frame(block.memory[at - start : stop - start], size)
+                data = decompress_frame(memory[at - start : stop - start], min(DIGEST_BLOCK, raw - cell * DIGEST_BLOCK))
             except CorruptCheckpointError as error:
                 raise self._error(f"can't be decompressed: {error}", self._name, at) from error
+            yield cell, data
+
+    def place(self, run: "Run[Piece]", block: Block, start: int) -> None:
+        """Copy verified cells to where they are wanted. `block` holds the file's bytes from `start` on."""
+        if not self.compressed:
+            self._copy(block.tensor[run.start_byte - start : run.stop_byte - start], run.first)
+            return
+        for cell, data in self.frames(run, block.memory, start):
             # Torch warns of memory that mustn't be written, so bytes won't do.
             self._copy(torch.frombuffer(bytearray(data), dtype=torch.uint8), cell)
 
@@ -187,26 +204,38 @@ class ShardFile:
 
     def open(self) -> int:
         """Read the manifest and find the pieces in it; returns the bytes read. Raises as `check` does."""
+        with held_off():
+            entries = listed(self.word())
+            self.extents = {piece.entry: self.extent(piece, entries) for piece in self.pieces}
+        return self._file.manifest_size
+
+    def word(self) -> RankManifest:
+        """The manifest of its rank, held against the digest that the commit record has. Raises as `check` does."""
+        where = self._where(self._file.manifest)
+        manifest = decode_rank_manifest(self.word_bytes(), where)
+        if (manifest.file, manifest.size) != (self._file.name, self.size):
+            raise CorruptCheckpointError(f"{where} describes another file than {self._file.name!r} of this checkpoint")
+        return manifest
+
+    def word_bytes(self) -> bytes:
+        """`word` as its rank wrote it."""
         try:
             data = self._storage.get(self._file.manifest, limit=self._file.manifest_size)
         except ObjectNotFoundError as error:
             raise CorruptCheckpointError(f"a file of the checkpoint is missing: {error}") from error
-        with held_off():
-            self.extents = self._extents(self._rank_manifest(data))
-        return len(data)
+        if len(data) != self._file.manifest_size or digests_text([digest(data)]) != self._file.manifest_digest:
+            where = self._where(self._file.manifest)
+            raise CorruptCheckpointError(f"{where} is not the file that was written. Load another checkpoint.")
+        return data
 
-    def _extents(self, manifest: RankManifest) -> dict[tuple[str, int], Extent[Piece]]:
-        entries = {(entry.fqn, entry.offset): entry for entry in manifest.entries.values()}
-        where = self._where(self._file.name)
-        extents = {}
-        for piece in self.pieces:
-            entry = entries.get((piece.fqn, piece.offset))
-            if entry is None:
-                raise CorruptCheckpointError(
-                    f"{self._where(self._file.manifest)} doesn't list tensor {piece.fqn!r} at byte {piece.offset}"
-                )
-            extents[piece.entry] = piece.extent(entry, where)
-        return extents
+    def extent(self, piece: Piece, entries: Mapping[tuple[str, int], ShardEntry]) -> Extent[Piece]:
+        """Where a piece lies, by what `listed` found in `word`. Raises CorruptCheckpointError where it does not."""
+        entry = entries.get((piece.fqn, piece.offset))
+        if entry is None:
+            raise CorruptCheckpointError(
+                f"{self._where(self._file.manifest)} doesn't list tensor {piece.fqn!r} at byte {piece.offset}"
+            )
+        return piece.extent(entry, self._where(self._file.name))
 
     def points(self, apart: int) -> Iterator[int]:
         """What stands for the wanted bytes, so that ranks can compare; see `reader.common`."""
@@ -224,14 +253,10 @@ class ShardFile:
         """Whether these bytes of the file are in a cache, as far as the storage knows."""
         return self._storage.in_cache(self._file.name, start, stop - start)
 
-    def _rank_manifest(self, data: bytes) -> RankManifest:
-        where = self._where(self._file.manifest)
-        if len(data) != self._file.manifest_size or digests_text([digest(data)]) != self._file.manifest_digest:
-            raise CorruptCheckpointError(f"{where} is not the file that was written. Load another checkpoint.")
-        manifest = decode_rank_manifest(data, where)
-        if (manifest.file, manifest.size) != (self._file.name, self.size):
-            raise CorruptCheckpointError(f"{where} describes another file than {self._file.name!r} of this checkpoint")
-        return manifest
-
     def _where(self, name: str) -> str:
         return f"{self._storage.url}/{name}"
+
+
+def listed(manifest: RankManifest) -> dict[tuple[str, int], ShardEntry]:
+    """The entries of a shard, by the tensor's name and where they start."""
+    return {(entry.fqn, entry.offset): entry for entry in manifest.entries.values()}

@@ -18,7 +18,8 @@ from shardckpt.errors import StateMismatchError, UsageError
 from shardckpt.garbage import held_off
 from shardckpt.manifest import Manifest
 from shardckpt.reader.common import Crowd
-from shardckpt.reader.fetch import PAGE, Extent, Range, ranges, steps, union
+from shardckpt.reader.fetch import Extent, Range, ranges, union
+from shardckpt.reader.parts import in_parts, most
 from shardckpt.reader.place import Placement, Target
 from shardckpt.reader.plan import ReadPlan
 from shardckpt.reader.shards import Piece, ShardFile
@@ -30,11 +31,6 @@ READ_MEMORY: Final = 256 << 20
 """Bytes of bounce buffers that one read may hold."""
 MIN_RANGE: Final = 1 << 20
 """Bytes below which a range is not cut further, so that more threads could read at the same time."""
-CACHED_STEP: Final = 4 << 20
-"""Bytes that are read at once through the page cache: still in the processor's cache when they are verified. 2 GiB on 2
-ranks: 0.25 s, with a cell at a time 0.32 s, with whole blocks 0.30 s. Not in the cache yet: 1.25 s, and 1.45 s."""
-_STREAMED_STEP: Final = 2 << 20
-"""Bytes of what comes over a network that are placed and verified at a time."""
 _CROWD_DEPTH: Final = 2
 """Times as many threads read what comes through the page cache: their requests become smaller ones on the way."""
 
@@ -148,8 +144,8 @@ class Reading:
         self._open(self.plan.files)
         files = [(file, list(file.extents.values())) for file in self.plan.files]
         nbytes = sum(extent.nbytes_of(cells) for _, extents in files for extent in extents for cells in extent.cells)
-        most = self._most(nbytes, least=BLOCK)
-        self._run([(file, piece) for file, extents in files for piece in ranges(extents, most=most)], crowd)
+        size = most(self.plan.storage, nbytes, least=BLOCK)
+        self._run([(file, piece) for file, extents in files for piece in ranges(extents, most=size)], crowd)
 
     def cells(
         self,
@@ -172,8 +168,8 @@ class Reading:
             nbytes += sum(map(extent.nbytes_of, cells))
             extents[id(file)].append(extent.narrowed(cells, piece.also(others.get(entry, ()))))
         # Even little is read in parallel.
-        most = self._most(nbytes, least=MIN_RANGE)
-        work = [(files[key], piece) for key, found in extents.items() for piece in ranges(found, most=most)]
+        size = most(self.plan.storage, nbytes, least=MIN_RANGE)
+        work = [(files[key], piece) for key, found in extents.items() for piece in ranges(found, most=size)]
         self._run(work, crowd)
 
     def open(self, wanted: Iterable[tuple[str, int]]) -> dict[int, ShardFile]:
@@ -189,13 +185,6 @@ class Reading:
     def _open_one(self, file: ShardFile) -> None:
         self.stats.count(file.open())
 
-    def _most(self, nbytes: int, *, least: int) -> int:
-        """Bytes of a range such that all threads have as much to do, of `nbytes` in all."""
-        # What is not streamed is read at once into one block.
-        limit = BLOCK if self.plan.storage.read_cache else self.plan.storage.stretch
-        turns = max(1, -(-nbytes // (self.threads * limit)))
-        return min(limit, max(least, -(-nbytes // (self.threads * turns) // PAGE) * PAGE))
-
     def _run(self, work: Sequence[tuple[ShardFile, Range[Piece]]], crowd: Crowd | None) -> None:
         threads = self.threads
         if crowd is not None:
@@ -205,21 +194,9 @@ class Reading:
     def _read(self, work: tuple[ShardFile, Range[Piece]], *, cached: bool) -> None:
         """Read one range, and verify and place what it holds; `cached` is for what is not in a cache yet."""
         file, wanted = work
-        if not self.plan.storage.read_cache:
-            # Bytes are verified while the processor still has them from their way into place.
-            first = wanted.runs[0].start_byte
-            with file.stream(first, wanted.stop) as read:
-                for part in steps(wanted, _STREAMED_STEP):
-                    self._read_part(read, part, part.runs[0].start_byte, part.stop, anywhere=True)
-            return
-        in_cache = file.in_cache(wanted.start, wanted.stop)
-        read = partial(file.read_into, cached=in_cache or cached)
-        for part in steps(wanted, CACHED_STEP) if in_cache or cached else (wanted,):
-            # What is read past the page cache has to be aligned; the rest may as well be read to where it belongs.
-            stop = min(-(-part.stop // PAGE) * PAGE, file.size)
-            self._read_part(read, part, part.start, stop, anywhere=in_cache or cached)
+        in_parts(self.plan.storage, file, wanted, self._read_part, cached=cached)
 
-    def _read_part(self, read: Read, part: Range[Piece], start: int, stop: int, *, anywhere: bool) -> None:
+    def _read_part(self, read: Read, part: Range[Piece], start: int, stop: int, anywhere: bool) -> None:
         """Read a range; through a block as bytes [start, stop) of the file, if it can't be read to where it belongs."""
         window = _window(part) if anywhere else None
         if window is not None:
