@@ -31,10 +31,11 @@ RUNNER = CliRunner()
 
 
 def run(*arguments: object, code: int = 0) -> str:
-    """Standard output of a command that ends with ``code``; of one that fails, what it says on standard error."""
+    """Standard output of a command that ends with ``code``; of one that has none, what it says on standard error."""
     done = RUNNER.invoke(app, [str(argument) for argument in arguments])
     assert done.exit_code == code, f"{done.stdout}{done.stderr}{done.exception!r}"
-    return done.stdout if code in (0, 1) else done.stderr
+    # What a command found is its output, also where that is damage.
+    return done.stdout or done.stderr
 
 
 def as_json(*arguments: object, code: int = 0) -> Any:
@@ -119,6 +120,24 @@ def test_diff(root):
     assert run("diff", root / "s1", root / "s2", "--exclude", "step", "--include", "model.bias")
 
 
+def test_verify(root, tmp_path):
+    """Damage is an exit code, a line for each fault, and for programs where it lies."""
+    assert run("verify", root / "s1").startswith("ok: 2 tensor(s), 1 pickled object(s)")
+    shutil.copytree(root / "s1", tmp_path / "bad")
+    (shard,) = (tmp_path / "bad").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    text = run("verify", tmp_path / "bad", code=4)
+    assert "damaged, 1 fault(s)" in text
+    assert "model.weight" in text
+    found = as_json("verify", tmp_path / "bad", "--rank", 0, code=4)
+    assert not found["ok"]
+    assert [(fault["tensor"], fault["file"]) for fault in found["faults"]] == [("model.weight", shard.name)]
+    assert as_json("verify", tmp_path / "bad", "--tensor", "model.bias")["ok"]
+    assert "no rank 5" in run("verify", root / "s1", "--rank", 5, code=2)
+
+
 def test_cp_and_prune(root, tmp_path):
     """A copy is a checkpoint; a dead save's files go when that is asked for, and not before."""
     assert "every byte verified" in run("cp", root / "s1", tmp_path / "copy")
@@ -132,7 +151,7 @@ def test_cp_and_prune(root, tmp_path):
     assert run("prune", tmp_path) == "nothing to prune\n"
 
 
-@pytest.mark.parametrize("command", ("inspect", "stats", "diff", "cp"))
+@pytest.mark.parametrize("command", ("inspect", "stats", "diff", "verify", "cp"))
 @pytest.mark.parametrize(
     ("name", "code", "says"),
     (

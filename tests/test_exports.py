@@ -13,17 +13,20 @@ from shardckpt import errors
 EXPORTED = [
     "CheckpointManager",
     "Checkpointer",
+    "Fault",
     "LoadReport",
     "PendingSave",
     "PerRank",
     "SaveReport",
     "ShardedCheckpointIO",
+    "VerifyReport",
     "async_save",
     "is_checkpoint",
     "latest",
     "load",
     "read_tensor",
     "save",
+    "verify",
 ]
 ERRORS = [
     "CheckpointNotFoundError",

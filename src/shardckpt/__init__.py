@@ -36,8 +36,9 @@ from shardckpt.errors import (
     UsageError,
 )
 from shardckpt.manager import CheckpointManager
-from shardckpt.reports import LoadReport, SaveReport
+from shardckpt.reports import Fault, LoadReport, SaveReport, VerifyReport
 from shardckpt.state import PerRank
+from shardckpt.tools.verification import verify
 
 if TYPE_CHECKING:
     from shardckpt.lightning import ShardedCheckpointIO
@@ -50,6 +51,7 @@ __all__ = [
     "Checkpointer",
     "ConflictingStateError",
     "CorruptCheckpointError",
+    "Fault",
     "LoadFailedError",
     "LoadReport",
     "ObjectExistsError",
@@ -73,12 +75,14 @@ __all__ = [
     "UnserialisableError",
     "UnsupportedFormatError",
     "UsageError",
+    "VerifyReport",
     "async_save",
     "is_checkpoint",
     "latest",
     "load",
     "read_tensor",
     "save",
+    "verify",
 ]
 
 

@@ -77,6 +77,67 @@ class LoadReport:
         )
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Something of a checkpoint that is not what was written. Offsets and sizes are bytes."""
+
+    what: str
+    """A clause for people: "is damaged", "is missing"."""
+    file: str
+    """Its name in the checkpoint."""
+    tensor: str | None = None
+    """The tensor that has these bytes; None where no tensor has, or where all of the file's may be meant."""
+    object: str | None = None
+    """The place of the pickled object that has them."""
+    offset: int | None = None
+    """In the file."""
+    nbytes: int | None = None
+    expected: str | None = None
+    """A digest (xxh3-64 in hexadecimal; of the first of several blocks that are damaged) or a size."""
+    found: str | None = None
+
+    def __str__(self) -> str:
+        who = f"tensor {self.tensor!r} in " if self.tensor is not None else ""
+        who += f"object {self.object!r} in " if self.object is not None else ""
+        at = f" at byte {self.offset}" if self.offset is not None else ""
+        held = f": expected {self.expected}, found {self.found}" if self.expected is not None else ""
+        size = f" ({self.nbytes} bytes)" if self.nbytes is not None else ""
+        return f"{who}{self.file}{at}{size} {self.what}{held}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `shardckpt.verify` found. Sizes are bytes, times seconds."""
+
+    path: str
+    save_id: str
+    world_size: int
+    """Of the job that saved."""
+    faults: list[Fault]
+    """All that is wrong, by file and byte."""
+    tensors: int
+    """That were checked: all, or those that have something in the one rank's file, or the one."""
+    objects: int
+    """Pickled objects that were checked; nothing was unpickled."""
+    values_checked: bool
+    """Whether plain values were held against what the ranks wrote. Those of a save that shares the shards of another
+    stand in its manifest alone, and those of one tensor are none."""
+    bytes_read: int
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+    def __repr__(self) -> str:
+        verdict = "ok" if self.ok else f"{len(self.faults)} FAULT(S), the first: {self.faults[0]}"
+        return (
+            f"VerifyReport({self.path!r}, {self.tensors} tensors, {size_text(self.bytes_read)} read in"
+            f" {self.seconds:.3f} s: {verdict})"
+        )
+
+
 def size_text(nbytes: int) -> str:
     """Bytes for people."""
     size = float(nbytes)

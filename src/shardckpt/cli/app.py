@@ -134,6 +134,31 @@ def diff(
 
 
 @app.command()
+def verify(
+    checkpoint: CHECKPOINT,
+    rank: Annotated[int | None, typer.Option(help="Only what this rank wrote.", show_default=False)] = None,
+    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Only this tensor.", show_default=False)] = None,
+    storage_option: STORAGE_OPTIONS = None,
+    json: JSON = False,
+) -> None:
+    """Read all of a checkpoint, and list every fault, by its digests. Exits with 4 where there is one."""
+    with meter("verifying") as progress:
+        found = tools.verify(
+            checkpoint,
+            rank=rank,
+            tensor=tensor,
+            storage_options=storage_options(storage_option),
+            progress=progress,
+        )
+    if json:
+        show_json({"ok": found.ok, **vars(found)})
+    else:
+        views.verified(found)
+    if not found.ok:
+        raise typer.Exit(ExitCode.DAMAGED)
+
+
+@app.command()
 def cp(
     source: CHECKPOINT,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Its new path; with / at the end, where to put it.")],

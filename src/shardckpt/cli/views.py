@@ -6,7 +6,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from shardckpt.cli.screen import ago, number, printable, row, shorten, show, table
-from shardckpt.reports import size_text
+from shardckpt.reports import VerifyReport, size_text
 from shardckpt.tools import (
     Comparison,
     CopyReport,
@@ -129,6 +129,21 @@ def compared(found: Comparison) -> None:
         show(made, "")
     equal = f"{len(found.tensors) - len(differing)} of {len(found.tensors)} tensors in both are equal, bit for bit"
     show("the same: " + equal if found.equal else "different: " + equal)
+
+
+def verified(found: VerifyReport) -> None:
+    if not found.ok:
+        figures = ("byte", "size")
+        made = table("file", "byte", "size", "of", "fault", numbers=figures)
+        for fault in found.faults:
+            of = fault.tensor if fault.object is None else f"object {fault.object}"
+            held = "" if fault.expected is None else f": {fault.found}, not {fault.expected}"
+            size = None if fault.nbytes is None else size_text(fault.nbytes)
+            row(made, fault.file, fault.offset, size, of, Text(fault.what + held, style="red"))
+        show(made, "")
+    verdict = "ok" if found.ok else f"damaged, {len(found.faults)} fault(s)"
+    what = f"{found.tensors} tensor(s), {found.objects} pickled object(s)"
+    show(f"{verdict}: {what}, {size_text(found.bytes_read)} read in {found.seconds:.2f} s")
 
 
 def copied(report: CopyReport) -> None:

@@ -10,6 +10,7 @@ from shardckpt.tools.listing import Listed, age, ls
 from shardckpt.tools.pruning import Pruned, prune
 from shardckpt.tools.statistics import TensorStats, stats
 from shardckpt.tools.tree import Node, text_of, walk
+from shardckpt.tools.verification import verify
 
 __all__ = [
     "Comparison",
@@ -28,5 +29,6 @@ __all__ = [
     "prune",
     "stats",
     "text_of",
+    "verify",
     "walk",
 ]
