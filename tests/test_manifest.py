@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,10 @@ def test_manifest_round_trip(state, tensors, writer, world_size):
 def test_rank_manifest_round_trip(cells, state):
     """A rank's word on what it wrote comes back as it was said."""
     entries = {
-        key: ShardEntry(key, "uint8", (0,), (n + 1,), 4096, n, DIGEST * (n % 3), *(("zstd", [n]) if n % 2 else ()))
-        for key, n in cells.items()
+        key: ShardEntry(key, "uint8", (0,), (n + 1,), at, n, DIGEST * (n % 3), *(("zstd", [n]) if n % 2 else ()))
+        for (key, n), at in zip(cells.items(), accumulate(cells.values(), initial=4096), strict=False)
     }
-    before = rank_manifest(entries=entries, state=state)
+    before = rank_manifest(entries=entries, state=state, size=1 << 20)
     assert mf.decode_rank_manifest(mf.encode(before), WHERE) == before
 
 
@@ -136,6 +137,7 @@ def test_json_is_for_people():
 def test_large_manifests_are_compressed():
     """Past a megabyte a manifest is zstd, smaller and still readable; below it is plain JSON."""
     large = manifest(tensors={f"layers.{i}.weight": rows(3, 5) for i in range(12_000)} | {"w": rows(1)})
+    large.files[0].size = 1 << 30
     data = mf.encode(large)
     plain = zstandard.ZstdDecompressor().decompress(data)
     assert data[:4] == b"\x28\xb5\x2f\xfd"
@@ -240,6 +242,7 @@ HOSTILE = [
     ("per_rank", {"p": {"one": 0}}, "per_rank"),
     ("per_rank", {"p": {"00": 0}}, "per_rank"),
     ("per_rank", {"p": [0]}, "per_rank"),
+    ("files.0.size", 4096 + 128 - 1, "outside"),
     ("state", del_, "state"),
     ("tensors", del_, "tensors"),
 ]
@@ -416,3 +419,24 @@ def test_claims_are_checked_before_memory_is_taken(tmp_path):
         shardckpt.load(path)
     with pytest.raises(CorruptCheckpointError, match="should have"):
         shardckpt.read_tensor(path, "w")
+
+
+def test_bytes_that_several_tensors_have_are_refused():
+    """A small file cannot be told to be many large tensors, and no two entries of a shard lie in each other."""
+    again = manifest(tensors={f"t{i}": rows(8) for i in range(40)} | {"w": rows(3, 5)})
+    again.files[0].size = 4096 + 8 * 16
+    with pytest.raises(CorruptCheckpointError, match="bytes in common"):
+        mf.decode_manifest(mf.encode(again), WHERE)
+    value = rank_manifest()
+    (entry,) = value.entries.values()
+    value.entries["x"] = msgspec.structs.replace(entry, fqn="x", offset=entry.offset + entry.nbytes - 1)
+    value.size += 1 << 20
+    with pytest.raises(CorruptCheckpointError, match=r"entries 'w\[0:3,0:4\]' and 'x' have bytes in common"):
+        mf.decode_rank_manifest(mf.encode(value), WHERE)
+
+
+def test_a_frame_that_is_all_but_empty_is_refused():
+    """Of a zstd bomb nothing is unpacked: names and offsets never compress like that."""
+    bomb = zstandard.ZstdCompressor().compress(mf.encode(manifest()) + b" " * (80 << 20))
+    with pytest.raises(CorruptCheckpointError, match="are allowed"):
+        mf.decode_manifest(bomb, WHERE)

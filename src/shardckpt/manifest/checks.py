@@ -46,6 +46,11 @@ def rank_problems(manifest: RankManifest) -> Iterable[str]:
             yield f"entry {key!r} has frames without a codec, or a codec without frames"
         if entry.frames is not None and (min(entry.frames, default=0) < 0 or sum(entry.frames) != entry.nbytes):
             yield f"the frames of entry {key!r} do not add up to its {entry.nbytes} bytes"
+    end, last = 0, ""
+    for key, entry in sorted(manifest.entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset < end:
+            yield f"entries {last!r} and {key!r} have bytes in common"
+        end, last = entry.offset + entry.nbytes, key
     yield from _object_problems(manifest.objects)
     if manifest.per_rank is not None:
         yield from _object_problems(manifest.per_rank.objects)
@@ -64,8 +69,16 @@ def problems(manifest: Manifest) -> Iterable[str]:
             yield f"`manifest_digest` of {file.name!r} is no digest"
     if len({file.name for file in manifest.files}) != len(manifest.files):
         yield "`files` has a file twice"
+    held = [0] * len(manifest.files)
     for fqn, tensor in manifest.tensors.items():
         yield from _tensor_problems(fqn, tensor, manifest.files)
+        for index, nbytes in zip(tensor.file, tensor.nbytes, strict=False):
+            if 0 <= index < len(held):
+                held[index] += nbytes
+    for nbytes, file in zip(held, manifest.files, strict=True):
+        # The ranks' manifests say which; here it is a bound on what a small file can make a reader allocate.
+        if nbytes > file.size:
+            yield f"the tensors of {file.name!r} have {nbytes} bytes, of its {file.size}: some have bytes in common"
     for alias, target in manifest.aliases.items():
         if target not in manifest.tensors or alias in manifest.tensors:
             yield f"alias {alias!r} of {target!r} stands for no tensor, or hides one"

@@ -14,6 +14,10 @@ from shardckpt.manifest.records import VERSION, Manifest, RankManifest, RankWord
 COMPRESS_ABOVE: Final = 1 << 20
 """Bytes of JSON past which a manifest is stored zstd-compressed."""
 
+_MOST_RATIO: Final = 256
+"""Times as long as its frame that a manifest may be past `_ANY_RATIO`: names and offsets don't compress better."""
+_ANY_RATIO: Final = 64 << 20
+"""Bytes."""
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
@@ -67,8 +71,9 @@ def _decode(data: bytes, kind: type[AnyManifest], where: str, *, doubted: bool =
 def _decompress(data: bytes) -> bytes:
     # First of all, since `decompress` allocates what the frame claims to hold, whatever limit it is given.
     size = zstandard.get_frame_parameters(data).content_size
-    if not 0 < size <= MAX_MANIFEST_BYTES:
-        raise ValueError(f"it would be {size} bytes long, where {MAX_MANIFEST_BYTES} are allowed")
+    most = min(MAX_MANIFEST_BYTES, max(_ANY_RATIO, _MOST_RATIO * len(data)))
+    if not 0 < size <= most:
+        raise ValueError(f"it would be {size} bytes long, where {most} are allowed")
     return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
 
 
