@@ -7,6 +7,7 @@ errors that names a tensor or a file of the checkpoint, or give exactly what was
 `verify` must find.
 """
 
+import logging
 import random
 import re
 import resource
@@ -264,5 +265,6 @@ def main(root: Path, cases: Sequence[int], seed: int) -> int:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    logging.disable()
     torch.set_num_threads(1)
     sys.exit(min(1, main(Path(sys.argv[1]), range(int(sys.argv[2])), int(sys.argv[3]))))

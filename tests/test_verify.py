@@ -14,7 +14,7 @@ import torch
 import shardckpt
 from golden.make import ROOT
 from shardckpt import CorruptCheckpointError, Fault, StorageError, VerifyReport, loading
-from shardckpt.codecs import DIGEST_BLOCK
+from shardckpt.codecs import DIGEST_BLOCK, digest, digests_text
 from shardckpt.tools import checking
 from storage.wrappers import WrapperStorage
 
@@ -280,3 +280,22 @@ def test_faults_side_by_side_are_one(tmp_path):
         ("u", 50, 5),
     ]
     assert merged[0].expected == "0"
+
+
+@pytest.mark.parametrize(
+    "state", [{"$dict": 5}, {"$tuple": {"a": 1}}, {"own": {"$optimizer": 3}}, [], 7, {"own": {"$defaultdict": []}}]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_say_what_is_no_state(tmp_path, state, rank):
+    """What a hostile rank's manifest says, with its right digest, is compared with the commit record, and no more."""
+    shutil.copytree(ROOT / "sharded", tmp_path / "c")
+    record = json.loads((tmp_path / "c/manifest.json").read_bytes())
+    listed = record["files"][rank]
+    word = json.loads((tmp_path / "c" / listed["manifest"]).read_bytes())
+    data = json.dumps(word | {"state": state}).encode()
+    (tmp_path / "c" / listed["manifest"]).write_bytes(data)
+    listed |= {"manifest_size": len(data), "manifest_digest": digests_text([digest(data)])}
+    (tmp_path / "c/manifest.json").write_text(json.dumps(record))
+    assert "another state" in shardckpt.verify(tmp_path / "c").faults[0].what
+    with pytest.raises(CorruptCheckpointError, match="another state"):
+        shardckpt.load(tmp_path / "c")

@@ -171,7 +171,7 @@ class OpenCheckpoint:
             meshes.check(operation.agree("meshes", match.meshes.encode()))
         with turn(operation, "check") as checked:
             # Before the verdict: what differs may be what is damaged.
-            self._check_words(match.here)
+            stats.count(self._check_words(match.here))
             where = prefix_name(prefix)
             verdict.check(f"{self.path} at {where!r}" if where else self.path, strict=strict)
             self._read_objects(match, map_location, weights_only)
@@ -249,11 +249,14 @@ class OpenCheckpoint:
         modules = None if state is None else [path for path, _ in iter_modules(state)]
         return rename(node, key_map, modules, strict=strict)
 
-    def _check_words(self, here: Here) -> None:
-        """Hold plain values, which have no digest in the commit record, against what ranks wrote: each a part of it."""
+    def _check_words(self, here: Here) -> int:
+        """Hold plain values, which have no digest in the commit record, against what ranks wrote: each a part of it.
+
+        Returns the bytes read.
+        """
         ranks = range(here.rank, self.manifest.world_size, here.world_size) if self.manifest.per_rank else ()
         # Where no value differs by rank, what rank 0 wrote has them all, but for containers that it lacks.
-        commit.check_words(self.manifest, self.storage, ranks or range(here.rank == 0))
+        return commit.check_words(self.manifest, self.storage, ranks or range(here.rank == 0))
 
     def _resize(
         self, match: Matching, map_location: MapLocation, weights_only: bool | None, stats: ReadStats

@@ -7,7 +7,7 @@ import msgspec
 
 from shardckpt.errors import CorruptCheckpointError
 from shardckpt.filenames import MANIFEST, save_id_of
-from shardckpt.manifest import Manifest, RankWord, decode_rank_word
+from shardckpt.manifest import Manifest, ObjectEntry, RankWord, decode_rank_word
 from shardckpt.reader.shards import ShardFile
 from shardckpt.state import merge
 from shardckpt.storage import Storage
@@ -35,13 +35,13 @@ def suffice(manifest: Manifest, words: Mapping[int, RankWord]) -> bool:
 def contradictions(manifest: Manifest, words: Mapping[int, RankWord]) -> Iterator[str]:
     """What the commit record says otherwise than the ranks, by number, whose words it was put together of."""
     if 0 in words and suffice(manifest, words):
-        state, objects = words[0].state, dict(words[0].objects)
-        for rank in sorted(words.keys() - {0}) if not _equal(state, manifest.state) else ():
-            if words[rank].state is not None:
-                state = merge(state, words[rank].state)
-                objects = words[rank].objects | objects
-        if not _equal(state, manifest.state):
+        is_all = _equal(words[0].state, manifest.state)
+        said = {0: words[0]} if is_all else words
+        if not is_all and not _equal(_merged([words[rank].state for rank in sorted(words)]), manifest.state):
             yield "has another state than the ranks"
+        objects: dict[str, ObjectEntry] = {}
+        for rank in sorted(said, reverse=True):
+            objects |= said[rank].objects
         if any(manifest.objects.get(place) != entry for place, entry in objects.items()):
             yield "has other objects than the ranks"
     for rank, word in words.items():
@@ -58,13 +58,14 @@ def contradictions(manifest: Manifest, words: Mapping[int, RankWord]) -> Iterato
             yield f"has other names of tensors than rank {rank}"
 
 
-def check_words(manifest: Manifest, storage: Storage, ranks: Sequence[int]) -> None:
+def check_words(manifest: Manifest, storage: Storage, ranks: Sequence[int]) -> int:
     """Read what some ranks wrote, or all if it takes that, and hold the commit record against it.
 
+    Returns the bytes read.
     Raises CorruptCheckpointError where it says otherwise, or a rank's manifest is damaged or missing.
     """
     if not has_words(manifest):
-        return
+        return 0
     words = _read(manifest, storage, ranks)
     if 0 in words and not suffice(manifest, words):
         words |= _read(manifest, storage, [rank for rank in range(len(manifest.files)) if rank not in words])
@@ -72,6 +73,7 @@ def check_words(manifest: Manifest, storage: Storage, ranks: Sequence[int]) -> N
         raise CorruptCheckpointError(
             f"{storage.url}/{MANIFEST} is damaged: it {what} wrote in the manifests beside it. Load another checkpoint."
         )
+    return sum(manifest.files[rank].manifest_size for rank in words)
 
 
 def _read(manifest: Manifest, storage: Storage, ranks: Sequence[int]) -> dict[int, RankWord]:
@@ -83,6 +85,18 @@ def _read(manifest: Manifest, storage: Storage, ranks: Sequence[int]) -> dict[in
 
     for_each(ranks, read, threads=storage.width, name="words")
     return words
+
+
+def _merged(states: Sequence[Json]) -> Json:
+    """What the commit would have made of them; nothing where they are no states, which nobody has checked."""
+    found = None
+    try:
+        for state in states:
+            if state is not None:
+                found = state if found is None else merge(found, state)
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError):
+        return None
+    return found
 
 
 def _equal(one: Json, other: Json) -> bool:
