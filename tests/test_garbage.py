@@ -5,12 +5,15 @@ import linecache
 import os
 import sys
 import threading
+from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
-from shardckpt import garbage
+from shardckpt import Checkpointer, garbage
 from shardckpt.garbage import held_off
 
 
@@ -42,6 +45,29 @@ def test_it_is_held_off_and_comes_back() -> None:
         raise ZeroDivisionError
     assert gc.get_threshold() == before
     assert collects()
+
+
+def test_many_small_tensors_do_not_have_it_look_at_them_again_and_again(tmp_path: Path) -> None:
+    """Of a save or load of many tensors the collector took a third: each part that makes many objects holds it off."""
+    state = {f"layers.{number}.weight": torch.full((2,), float(number)) for number in range(5_000)}
+    checkpointer = Checkpointer()
+    checkpointer.save(state, tmp_path / "first")  # what is made once for a process
+    begun: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            begun.append(phase)
+
+    for act in (partial(checkpointer.save, state, tmp_path / "c"), partial(checkpointer.load, tmp_path / "c", state)):
+        begun.clear()
+        gc.callbacks.append(note)
+        try:
+            act()
+        finally:
+            gc.callbacks.remove(note)
+        # Once as each part ends, and not once for 700 objects.
+        assert len(begun) <= 12, f"{len(begun)} collections in {act.func.__name__}"
+    checkpointer.close()
 
 
 def test_threads_do_not_end_it_for_each_other() -> None:

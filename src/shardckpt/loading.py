@@ -169,7 +169,7 @@ class OpenCheckpoint:
         verdict, differences = together([found.differences for found in ranks], operation.rank)
         if meshes.may_differ([found.meshes for found in ranks]):
             meshes.check(operation.agree("meshes", match.meshes.encode()))
-        with turn(operation, "check") as checked:
+        with turn(operation, "check") as checked, held_off():
             # Before the verdict: what differs may be what is damaged.
             stats.count(self._check_words(match.here))
             where = prefix_name(prefix)

@@ -145,7 +145,9 @@ class Reading:
         files = [(file, list(file.extents.values())) for file in self.plan.files]
         nbytes = sum(extent.nbytes_of(cells) for _, extents in files for extent in extents for cells in extent.cells)
         size = most(self.plan.storage, nbytes, least=BLOCK)
-        self._run([(file, piece) for file, extents in files for piece in ranges(extents, most=size)], crowd)
+        with held_off():
+            work = [(file, piece) for file, extents in files for piece in ranges(extents, most=size)]
+        self._run(work, crowd)
 
     def cells(
         self,
@@ -169,7 +171,8 @@ class Reading:
             extents[id(file)].append(extent.narrowed(cells, piece.also(others.get(entry, ()))))
         # Even little is read in parallel.
         size = most(self.plan.storage, nbytes, least=MIN_RANGE)
-        work = [(files[key], piece) for key, found in extents.items() for piece in ranges(found, most=size)]
+        with held_off():
+            work = [(files[key], piece) for key, found in extents.items() for piece in ranges(found, most=size)]
         self._run(work, crowd)
 
     def open(self, wanted: Iterable[tuple[str, int]]) -> dict[int, ShardFile]:

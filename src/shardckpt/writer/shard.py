@@ -92,7 +92,8 @@ class ShardWriter:
                 for block in self._emitted():
                     self._stream.add(block)
                 self._stream.finish()
-            stored = self._stream.stored()
+            with held_off():
+                stored = self._stream.stored()
             self._out.commit()
         except BaseException as error:
             self._fail(error)
