@@ -7,7 +7,7 @@ itself.
 
 from shardckpt.commit.assembly import KnownTables, Tables, assemble, now, tables, with_values
 from shardckpt.commit.clearing import abandon, clean, end_lease, prune, remove, running
-from shardckpt.commit.finding import Found, checkpoint_path, find, find_bytes, is_checkpoint, latest, read
+from shardckpt.commit.finding import Found, checkpoint_path, find, find_bytes, is_checkpoint, latest, read, read_bytes
 from shardckpt.commit.publishing import (
     Written,
     check_unchanged,
@@ -47,6 +47,7 @@ __all__ = [
     "put_rank_manifest",
     "read",
     "read_back",
+    "read_bytes",
     "remove",
     "running",
     "suffice",

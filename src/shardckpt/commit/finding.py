@@ -51,7 +51,13 @@ def find(storage: Storage) -> Found | None:
 
 
 def read(path: str, storage: Storage, storage_options: Mapping[str, Any] | None) -> Found:
-    """The commit record at ``path``.
+    """The commit record at ``path``. Raises as `find` and `read_bytes` do."""
+    data = read_bytes(path, storage, storage_options)
+    return Found(mf.decode_manifest(data, f"{storage.url}/{MANIFEST}"), data)
+
+
+def read_bytes(path: str, storage: Storage, storage_options: Mapping[str, Any] | None) -> bytes:
+    """The commit record at ``path`` as it stands there, sound or not.
 
     Raises CheckpointNotFoundError that says what is there instead, and which complete checkpoint lies beside it.
     """
@@ -60,10 +66,10 @@ def read(path: str, storage: Storage, storage_options: Mapping[str, Any] | None)
             f"{path} is a file, not a sharded checkpoint. A file that torch.save wrote is read with torch.load."
             + _beside(path, storage_options)
         )
-    found = find(storage)
-    if found is None:
+    data = find_bytes(storage)
+    if data is None:
         raise CheckpointNotFoundError(_why_not(path, storage) + _beside(path, storage_options))
-    return found
+    return data
 
 
 def _is_file(path: str) -> bool:
