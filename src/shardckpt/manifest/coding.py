@@ -56,7 +56,7 @@ def _decode(data: bytes, kind: type[AnyManifest], where: str, *, doubted: bool =
             data = _decompress(data)
         manifest = msgspec.json.decode(data, type=kind)
         if doubted:
-            _check_doubles(data)
+            _check_doubles(data, manifest)
         return manifest
     except UnsupportedFormatError as error:
         raise UnsupportedFormatError(f"{where}: {error}") from error
@@ -77,10 +77,11 @@ def _decompress(data: bytes) -> bytes:
     return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
 
 
-def _check_doubles(data: bytes) -> None:
+def _check_doubles(data: bytes, parsed: Manifest | RankManifest | RankWord) -> None:
     """Raise ValueError where an object has a key twice: readers would disagree which of the two counts."""
     # Our own writing comes back as it was, at the speed of msgspec; anybody else's is looked at more closely.
-    if msgspec.json.encode(msgspec.json.decode(data)) != msgspec.json.format(data, indent=-1):
+    plain = msgspec.json.format(data, indent=-1)
+    if plain != msgspec.json.encode(parsed) and plain != msgspec.json.encode(msgspec.json.decode(data)):
         json.loads(data, object_pairs_hook=_without_doubles)
 
 

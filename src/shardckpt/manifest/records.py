@@ -64,7 +64,7 @@ class RankManifest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What one rank wrote."""
 
     format: str = FORMAT
-    version: int = VERSION
+    version: int = msgspec.field(default_factory=lambda: VERSION)  # a plain default would be left out when encoded
     save_id: str
     rank: int
     file: str
@@ -124,7 +124,7 @@ class Manifest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The commit record of a checkpoint."""
 
     format: str = FORMAT
-    version: int = VERSION
+    version: int = msgspec.field(default_factory=lambda: VERSION)  # as in `RankManifest`
     requires: list[str] = []
     """Features of v1 that a reader must know to read this right; those that came after it was first written."""
     save_id: str
