@@ -49,20 +49,29 @@ class Placement:
         address = self._address + (start - self.start) * self._itemsize
         return memoryview((ctypes.c_uint8 * ((stop - start) * self._itemsize)).from_address(address)).cast("B")
 
+    def copy_bytes(self, address: int, at: int, count: int) -> bool:
+        """Do what `copy` does of the `count` elements at `address`, if that is a copy of bytes; whether it is."""
+        if not self._address:
+            return False
+        start, stop = max(self.start, at), min(self.stop, at + count)
+        if start < stop:
+            source = address + (start - at) * self._itemsize
+            to = self._address + (start - self.start) * self._itemsize
+            copy_memory(to, source, (stop - start) * self._itemsize)
+        return True
+
     def copy(self, raw: torch.Tensor, dtype: torch.dtype, at: int) -> None:
         """Copy what this placement wants of stored elements: the box's from number `at` on, row-major.
 
         `raw` has their bytes and `dtype` is theirs; the target's decides what arrives.
         """
+        if self.copy_bytes(raw.data_ptr(), at, raw.numel() // self._itemsize):
+            return
         start, stop = max(self.start, at), min(self.stop, at + raw.numel() // self._itemsize)
         if start >= stop:
             return
         skip = (start - at) * self._itemsize
-        nbytes = (stop - start) * self._itemsize
-        if self._address:
-            copy_memory(self._address + (start - self.start) * self._itemsize, raw.data_ptr() + skip, nbytes)
-            return
-        wanted = raw[skip : skip + nbytes]
+        wanted = raw[skip : skip + (stop - start) * self._itemsize]
         if wanted.data_ptr() % self._itemsize:
             # We write every entry aligned; whoever else wrote this one did not.
             wanted = wanted.clone()

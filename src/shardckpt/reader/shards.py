@@ -162,7 +162,14 @@ class Piece:
     def place(self, run: "Run[Piece]", block: Block, start: int) -> None:
         """Copy verified cells to where they are wanted. `block` holds the file's bytes from `start` on."""
         if not self.compressed:
-            self._copy(block.tensor[run.start_byte - start : run.stop_byte - start], run.first)
+            first = run.first * DIGEST_BLOCK // self._itemsize
+            at, stop = run.start_byte - start, run.stop_byte - start
+            raw: torch.Tensor | None = None
+            for placement in self.placements:
+                # Making a tensor of a part of the block takes longer than copying a few kilobytes.
+                if not placement.copy_bytes(block.address + at, first, (stop - at) // self._itemsize):
+                    raw = block.tensor[at:stop] if raw is None else raw
+                    placement.copy(raw, self._torch_dtype, first)
             return
         for cell, data in self.frames(run, block.memory, start):
             # Torch warns of memory that mustn't be written, so bytes won't do.
