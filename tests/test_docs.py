@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,11 @@ def test_the_command_line_prints_what_its_page_shows(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     run_python("cli.md", {"__name__": "cli.md"})
+    shutil.copytree("runs/step=1000.ckpt", "damaged/step=1000.ckpt")
+    (shard,) = Path("damaged/step=1000.ckpt").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[4096] ^= 1
+    shard.write_bytes(data[:-2])
     sessions = [part for block in blocks("cli.md", "console") for part in re.split(r"^\$ ", block, flags=re.MULTILINE)]
     asked = [session.partition("\n") for session in sessions if session]
     assert {command.split()[1] for command, _, _ in asked} == {
