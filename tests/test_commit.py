@@ -1,5 +1,6 @@
 """The commit protocol: what any crash leaves, who wins, and what may be deleted."""
 
+import errno
 import gc
 import json
 import os
@@ -670,12 +671,15 @@ def test_a_save_warms_memory_for_the_next(tmp_path):
 
 def test_a_save_that_gets_no_thread_fails_on_all_ranks(tmp_path, monkeypatch):
     """A process at its limit of threads joins the verdict in the caller's thread; nobody waits for it in vain."""
+    start = threading.Thread.start
 
-    def refuse(self: Any, job: Any) -> None:
-        raise RuntimeError("can't start new thread")
+    def refuse(self: threading.Thread) -> None:
+        if self.name == "shardckpt-background":
+            raise RuntimeError("can't start new thread")
+        start(self)
 
     engine = Checkpointer()
-    monkeypatch.setattr(Background, "submit", refuse)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
     pending = engine.async_save(state(1), tmp_path / "ck")
     with pytest.raises(shardckpt.SaveFailedError, match="can't start new thread"):
         pending.result(30)
@@ -715,6 +719,60 @@ def test_an_interrupt_at_the_start_of_the_background_keeps_its_job(monkeypatch):
     go.set()
     background.wait()
     assert done.is_set()
+
+
+def test_an_interrupt_before_the_background_starts_ends_the_save(tmp_path, monkeypatch):
+    """Ctrl-C before there is a thread: the others are told by this one, and nobody waits for a thread that is none."""
+    engine = Checkpointer()
+    init = threading.Thread.__init__
+
+    def interrupted(self: threading.Thread, *args: Any, **options: Any) -> None:
+        if options.get("name") == "shardckpt-background":
+            raise KeyboardInterrupt
+        init(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "__init__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.async_save(state(1), tmp_path / "ck")
+    assert not engine._background.busy
+    with pytest.raises(shardckpt.SaveFailedError, match="KeyboardInterrupt"):
+        engine.wait()
+    check_gone_and_again(engine, tmp_path / "ck", monkeypatch)
+
+
+def test_a_failed_save_keeps_no_tensor(tmp_path, monkeypatch):
+    """Its error is kept until somebody asks, and memory that training needs would be kept by its traceback."""
+    engine = Checkpointer()
+    tensor = torch.ones(1000)
+    found = weakref.ref(tensor)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, "bad sector")
+
+    monkeypatch.setattr("shardckpt.storage.local.LocalWriter.commit", refuse)
+    pending = engine.async_save({"t": tensor}, tmp_path / "ck")
+    assert isinstance(pending.outcome(), shardckpt.SaveFailedError)
+    engine._background.wait()
+    del tensor
+    assert found() is None
+    with pytest.raises(shardckpt.SaveFailedError, match="bad sector"):
+        pending.result()
+
+
+def test_saves_that_share_do_not_keep_each_other(tmp_path):
+    """A run that saves one state under a thousand names would keep what each of them was made of."""
+    engine = Checkpointer()
+    state = {"t": torch.ones(4), "step": 0}
+    jobs = []
+    for number in range(4):
+        engine.save(state, tmp_path / str(number), state_version=1)
+        assert engine._series._last is not None
+        jobs.append(weakref.ref(engine._series._last.job))
+    engine.wait()
+    gc.collect()
+    assert [job() is not None for job in jobs] == [False, False, False, True]
+    assert shardckpt.load(tmp_path / "3")["step"] == 0
 
 
 def test_what_another_rank_spoils_is_taken_back(tmp_path, monkeypatch):

@@ -108,6 +108,10 @@ class PendingSave:
         return f"PendingSave({self.path!r}, {state})"
 
 
+class NotTakenError(RuntimeError):
+    """No thread runs a job: the process is at its limit of them, or was interrupted. The cause is what happened."""
+
+
 class Background:
     """Jobs in order, in one thread that lives while there are any, so that an idle process has none of ours.
 
@@ -117,36 +121,45 @@ class Background:
     def __init__(self) -> None:
         self._state = threading.Condition()
         self._jobs: deque[Callable[[], None]] = deque()
-        self._running = False
+        self._runner: object | None = None
+        """Stands for the thread that runs jobs; None where there is none."""
         self._pid = os.getpid()
         _all.add(self)
 
     @property
     def busy(self) -> bool:
         with self._state:
-            return self._running
+            return self._runner is not None
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Run ``job`` after those submitted before it. It must not raise."""
+        """Run ``job`` after those submitted before it. It must not raise.
+
+        Raises NotTakenError where it will not be run. An interruption that comes later is raised as it is.
+        """
         self.check_fork()
         with self._state:
             self._jobs.append(job)
-            if self._running:
+            if self._runner is not None:
                 return
+            thread = None
             # Before it starts: an interrupt in `start` finds the thread started, and the job its.
-            self._running = True
+            self._runner = runner = object()
             try:
-                threading.Thread(target=self._run, name="shardckpt-background", daemon=False).start()
-            except RuntimeError:  # no thread can be had, and nothing has been promised yet
-                self._running = False
+                thread = threading.Thread(target=self._run, args=(runner,), name="shardckpt-background", daemon=False)
+                thread.start()
+            except BaseException as error:
+                if thread is not None and thread.is_alive():
+                    raise
+                # One that starts nevertheless waits for the lock, and finds that it is not wanted.
+                self._runner = None
                 self._jobs.pop()
-                raise
+                raise NotTakenError(str(error)) from error
 
     def wait(self) -> None:
         """Until nothing is left to do."""
         self.check_fork()
         with self._state:
-            while self._running:
+            while self._runner is not None:
                 self._state.wait()
 
     def belongs_here(self) -> bool:
@@ -161,11 +174,13 @@ class Background:
                 " start method, or make a new Checkpointer in the child."
             )
 
-    def _run(self) -> None:
+    def _run(self, runner: object) -> None:
         while True:
             with self._state:
+                if self._runner is not runner:
+                    return
                 if not self._jobs:
-                    self._running = False
+                    self._runner = None
                     self._state.notify_all()
                     return
                 job = self._jobs.popleft()

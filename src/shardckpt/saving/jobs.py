@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +64,20 @@ def failure(path: str, error: BaseException, *, unheard: bool = False) -> SaveFa
     return failed
 
 
+def told(error: BaseException) -> Exception:
+    """What other ranks hear of an error: an interruption is one for this process alone."""
+    return error if isinstance(error, Exception) else SaveFailedError(f"it was interrupted by {type(error).__name__}")
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Have an error keep nothing of what it came from: the frames of its traceback have the tensors, and the writer."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 def _cause(word: bytes | Exception, verdict: Exception, rank: int) -> Exception:
     """What a save that failed on this rank with ``word``, and on all with ``verdict``, failed of.
 
@@ -112,18 +127,58 @@ class Job:
     """The background half of a save."""
 
     order: Order
-    committed: Manifest | None
+    committed: Manifest | None = None
     """On rank 0, once it is."""
     shards_of: str
     """The id of the save that wrote the shards."""
+    is_alias = False
 
     def run(self) -> None:
         """Do it, and resolve the pending save; never raises."""
-        raise NotImplementedError
+        order = self.order
+        rank = order.operation.rank
+        rank_nbytes = 0
+        word: bytes | Exception
+        try:
+            word, rank_nbytes = self._put()
+        except Exception as error:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
+            word = error
+        self._forget()
+        try:
+            verdict = settle(order.operation, word, order.commit_timeout, self._conclude)
+        except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
+            # Whoever never heard the verdict must not remove files that rank 0 may just be committing.
+            unheard = isinstance(error, RankTimeoutError) and rank != 0 and not isinstance(word, Exception)
+            if self.committed is None and not unheard and not isinstance(error, UncertainCommitError):
+                # Rank 0 stands in for ranks that have died.
+                ranks = range(order.operation.world_size) if rank == 0 else [rank]
+                commit.abandon(order.storage, order.pending.save_id, ranks, also=self._linked())
+            commit.end_lease(order.storage, order.pending.save_id)
+            cause = _cause(word, error, rank)
+            for found in (cause, error):
+                _let_go(found)
+            order.pending.resolve(failure(order.pending.path, cause, unheard=unheard))
+            return
+        self._finish(order.report(verdict, rank_nbytes=rank_nbytes, alias=self.is_alias))
 
     def cancel(self, error: Exception) -> None:
         """Have `run` do nothing but tell all ranks of ``error``. Comes before `run` or while it waits for blocks."""
         raise NotImplementedError
+
+    def _put(self) -> tuple[bytes, int]:
+        """Write this rank's part; returns what rank 0 is to hear of it, and the bytes of its shard."""
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        """Let go of what only `_put` needed."""
+
+    def _conclude(self, words: list[bytes]) -> bytes:
+        """On rank 0: commit what all ranks have put; returns what all are to hear."""
+        raise NotImplementedError
+
+    def _linked(self) -> Sequence[str]:
+        """Files that this job put in the place and that are named after another save."""
+        return ()
 
     def _finish(self, report: SaveReport) -> None:
         """Clear up what the checkpoint replaces, now that all ranks know of it, and resolve the pending save."""
@@ -157,7 +212,6 @@ class SaveJob(Job):
     def __init__(self, order: Order, writer: ShardWriter | Exception) -> None:
         """``writer`` may be what kept this rank from having one: that is for all ranks to know."""
         self.order = order
-        self.committed = None
         self.shards_of = order.pending.save_id
         self._writer: ShardWriter | Exception | None = writer
 
@@ -165,33 +219,7 @@ class SaveJob(Job):
         if isinstance(self._writer, ShardWriter):
             self._writer.cancel(error)
 
-    def run(self) -> None:
-        order = self.order
-        rank = order.operation.rank
-        rank_nbytes = 0
-        word: bytes | Exception
-        try:
-            written = self._write()
-            rank_nbytes = written.file.size
-            word = msgspec.msgpack.encode(written)
-        except Exception as error:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
-            word = error
-        self._writer = None  # and with it the tensors, which the caller may want to free
-        try:
-            verdict = settle(order.operation, word, order.commit_timeout, self._conclude)
-        except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
-            # Whoever never heard the verdict must not remove files that rank 0 may just be committing.
-            unheard = isinstance(error, RankTimeoutError) and rank != 0 and not isinstance(word, Exception)
-            if self.committed is None and not unheard and not isinstance(error, UncertainCommitError):
-                # Rank 0 stands in for ranks that have died.
-                ranks = range(order.operation.world_size) if rank == 0 else [rank]
-                commit.abandon(order.storage, order.pending.save_id, ranks)
-            commit.end_lease(order.storage, order.pending.save_id)
-            order.pending.resolve(failure(order.pending.path, _cause(word, error, rank), unheard=unheard))
-            return
-        self._finish(order.report(verdict, rank_nbytes=rank_nbytes, alias=False))
-
-    def _write(self) -> commit.Written:
+    def _put(self) -> tuple[bytes, int]:
         order = self.order
         rank, save_id = order.operation.rank, order.pending.save_id
         if isinstance(self._writer, Exception):
@@ -207,7 +235,11 @@ class SaveJob(Job):
             own_word.objects = {path: entries[path] for path in objects}
         if order.own is not None:
             own_word.per_rank = with_objects(order.own, entries)
-        return commit.put_rank_manifest(order.storage, own_word)
+        written = commit.put_rank_manifest(order.storage, own_word)
+        return msgspec.msgpack.encode(written), written.file.size
+
+    def _forget(self) -> None:
+        self._writer = None  # and with it the tensors, which the caller may want to free
 
     def _conclude(self, words: list[bytes]) -> bytes:
         order = self.order
@@ -238,40 +270,32 @@ class SaveJob(Job):
 class AliasJob(Job):
     """Of a save whose tensors are those of the one before: links, and a manifest of its own."""
 
+    is_alias = True
+
     def __init__(self, order: Order, source: Job) -> None:
         self.order = order
-        self.committed = None
         self.shards_of = source.shards_of
-        self._source = source
-        self._linked: list[str] = []
+        self._source: Job | None = source
+        self._shared: Manifest | None = None
+        self._copied: list[str] = []
         self._refusal: Exception | None = None
 
     def cancel(self, error: Exception) -> None:
         self._refusal = error
 
-    def run(self) -> None:
-        order, source = self.order, self._source.order.pending
-        rank = order.operation.rank
-        word: bytes | Exception
-        try:
-            if self._refusal is not None:
-                raise self._refusal
-            if not source.succeeded():
-                raise SaveFailedError(f"the save to {source.path}, whose shards it shares, failed.")
-            word = self._own_values()
-        except Exception as error:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
-            word = error
-        try:
-            verdict = settle(order.operation, word, order.commit_timeout, self._conclude)
-        except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
-            unheard = isinstance(error, RankTimeoutError) and rank != 0 and not isinstance(word, Exception)
-            if self.committed is None and not unheard and not isinstance(error, UncertainCommitError):
-                ranks = range(order.operation.world_size) if rank == 0 else [rank]
-                commit.abandon(order.storage, order.pending.save_id, ranks, also=self._linked)
-            commit.end_lease(order.storage, order.pending.save_id)
-            order.pending.resolve(failure(order.pending.path, _cause(word, error, rank)))
-            return
-        self._finish(order.report(verdict, rank_nbytes=0, alias=True))
+    def _put(self) -> tuple[bytes, int]:
+        # Kept no longer than needed: the next save that shares has this one, and would have all before it.
+        source, self._source = self._source, None
+        if self._refusal is not None:
+            raise self._refusal
+        assert source is not None, "a job runs once"
+        if not source.order.pending.succeeded():
+            raise SaveFailedError(f"the save to {source.order.pending.path}, whose shards it shares, failed.")
+        self._shared, self._from = source.committed, source.order.storage
+        return self._own_values(), 0
+
+    def _linked(self) -> Sequence[str]:
+        return self._copied
 
     def _own_values(self) -> bytes:
         """What rank 0 is to hear of this rank's values: those in the rank manifest that is shared may be older."""
@@ -284,12 +308,12 @@ class AliasJob(Job):
 
     def _conclude(self, words: list[bytes]) -> bytes:
         order = self.order
-        shared = self._source.committed
+        shared = self._shared
         assert shared is not None, "rank 0 knows what it committed"
         names = [name for file in shared.files for name in (file.name, file.manifest)]
         present = {stat.name for stat in order.storage.list()}
-        self._linked = [name for name in names if name not in present]
-        order.storage.copy_from(self._source.order.storage, self._linked)
+        self._copied = [name for name in names if name not in present]
+        order.storage.copy_from(self._from, self._copied)
         own = order.own.objects if order.own is not None else {}
         entries = put_objects(order.storage, 0, order.pending.save_id, order.objects | own)
         record = msgspec.structs.replace(

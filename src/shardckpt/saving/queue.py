@@ -3,9 +3,9 @@
 import logging
 
 from shardckpt import commit
-from shardckpt.background import Background, PendingSave
+from shardckpt.background import Background, NotTakenError, PendingSave
 from shardckpt.errors import ShardckptError
-from shardckpt.saving.jobs import Job
+from shardckpt.saving.jobs import Job, told
 from shardckpt.saving.overlap import wait_for_copies
 from shardckpt.storage import Storage
 
@@ -42,10 +42,13 @@ class Queue:
         self._jobs.append(job)
         try:
             self._background.submit(job.run)
-        except RuntimeError as error:
-            # No thread can be started. The others are under way, so this rank has to join them and say so.
-            job.cancel(error)
+        except NotTakenError as error:
+            # The others are under way, so this rank has to join them and say so.
+            cause = error.__cause__ or error
+            job.cancel(told(cause))
             job.run()
+            if not isinstance(cause, Exception):
+                raise cause from None
 
     def remove(self, storage: Storage) -> None:
         """Remove a checkpoint once the saves in flight are committed; if one fails, it is kept."""
@@ -68,8 +71,10 @@ class Queue:
         self._to_remove.append(storage.url)
         try:
             self._background.submit(job)
-        except RuntimeError:  # no thread can be started, so none is under way
+        except NotTakenError as error:  # so none is under way
             job()
+            if error.__cause__ is not None and not isinstance(error.__cause__, Exception):
+                raise error.__cause__ from None
 
     def may_change(self, url: str) -> bool:
         """Whether a save to ``url`` is under way, or a removal of what is there has been asked for."""
