@@ -19,8 +19,19 @@ import torch
 
 from shardckpt import Checkpointer
 from shardckpt.errors import UsageError
-from shardckpt.staging import Block, Budget, Source, StagingPool, copy_memory, copying, memory, stage
-from shardckpt.staging.copying import _Filler
+from shardckpt.staging import (
+    Block,
+    Budget,
+    Source,
+    StagingPool,
+    blocks_of,
+    copy_memory,
+    filling,
+    memory,
+    place_early,
+    stage,
+)
+from shardckpt.staging.filling import Filler
 from shardckpt.storage import BLOCK
 from shards import in_order, noise, raw, source
 
@@ -390,7 +401,7 @@ def test_device_copies_overlap(pool: StagingPool, limit: int | None, ahead: int)
         emitted.append((block.filled, list(stream.waits)))
         block.release()
 
-    filler = _Filler(Budget(pool, limit), 0, emit, [stream])
+    filler = Filler(Budget(pool, limit), 0, emit, [stream])
     filler.add(noise(3 * BLOCK + 5, dtype=torch.uint8), 3 * BLOCK + 5)
     filler.finish()
     assert [filled for filled, _ in emitted] == [BLOCK, BLOCK, BLOCK, 5]
@@ -411,7 +422,7 @@ def test_a_block_is_emitted_after_its_copies(pool: StagingPool, monkeypatch: pyt
         copy_memory(to, source, nbytes)
         others.release()
 
-    monkeypatch.setattr(copying, "copy_memory", slow_first)
+    monkeypatch.setattr(filling, "copy_memory", slow_first)
     assert torch.equal(staged([source("a", tensor)], pool, threads=4), tensor)
 
 
@@ -464,3 +475,150 @@ def test_many_small_tensors_are_fast(pool: StagingPool) -> None:
     start = time.thread_time()
     stage(sources, pool, limit=BLOCK, first_block_offset=0, emit=Block.release)
     assert time.thread_time() - start < 1.0
+
+
+class Driver:
+    """What of CUDA's runtime pinning calls; it takes `most` blocks."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.registered, self.cleared = most, list[int](), 0
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        assert (nbytes, flags) == (BLOCK, 1)
+        if len(self.registered) == self.most:
+            return 2
+        assert address not in self.registered
+        self.registered.append(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802 - CUDA's name
+        self.registered.remove(address)
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """A stand-in for a driver: there is no GPU where these tests run, and what is tested is what it is told."""
+    driver = Driver(most=100)
+
+    def clear() -> None:
+        driver.cleared += 1
+
+    monkeypatch.setattr(memory, "_cudart", lambda: driver)
+    monkeypatch.setattr(memory, "_clear_cuda_error", clear)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return driver
+
+
+def test_memory_is_pinned_before_a_save_waits_for_it(driver: Driver) -> None:
+    """Telling the driver of a block takes as long as touching it: whoever reserves it pays, and no block pays twice."""
+    pool = StagingPool()
+    pool.pin()
+    pool.reserve(3 * BLOCK)
+    assert len(driver.registered) == 3
+    held = [pool.take() for _ in range(4)]
+    assert sorted(driver.registered) == sorted(block.address for block in held)
+    for block in held:
+        pool.give(block)
+    pool.take()
+    assert len(driver.registered) == 4
+    pool.close()
+    assert driver.registered == []
+
+
+def test_a_driver_that_refuses_is_not_asked_again(driver: Driver) -> None:
+    """Its refusal would else be taken for the fault of a later kernel, once for each block."""
+    driver.most = 1
+    pool = StagingPool()
+    pool.pin()
+    assert len({pool.take().address for _ in range(3)}) == 3
+    pool.pin()
+    pool.take()
+    assert (len(driver.registered), driver.cleared) == (1, 1)
+    pool.close()
+
+
+def test_a_driver_that_fails_costs_no_block(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is the caller's; the block is there for the next one."""
+    pool = StagingPool()
+    pool.reserve(BLOCK)
+    pool.pin()
+    monkeypatch.setattr(driver, "cudaHostRegister", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pool.take()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pool.pin()
+    pool.take()
+    assert pool.nbytes == BLOCK
+    pool.close()
+
+
+def test_a_pool_closed_while_it_pins_leaves_nothing_pinned(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver would go on knowing memory that has been given back."""
+    pool = StagingPool()
+    pool.pin()
+    register = driver.cudaHostRegister
+
+    def slow(address: int, nbytes: int, flags: int) -> int:
+        pool.close()
+        return register(address, nbytes, flags)
+
+    monkeypatch.setattr(driver, "cudaHostRegister", slow)
+    pool.take()
+    assert driver.registered == []
+
+
+def test_a_forked_child_tells_the_driver_nothing(driver: Driver) -> None:
+    """CUDA does not work there, and what the parent pinned is the parent's."""
+    pool = StagingPool()
+    pool.pin()
+    pool.take()
+    child = os.fork()
+    if child == 0:
+        pool.close()
+        os._exit(len(driver.registered))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    pool.close()
+    assert driver.registered == []
+
+
+@pytest.mark.parametrize("threads", (1, 3))
+@pytest.mark.parametrize("offset", (0, 4096, BLOCK - 100))
+def test_what_is_placed_early_is_where_staging_puts_it(pool: StagingPool, offset: int, threads: int) -> None:
+    """The same stream, whichever sources are copied first, and no block more than it takes."""
+    sizes = (5, 3 << 20, 0, BLOCK, 17, 2 * BLOCK + 9, 1, 6 << 20)
+    sources = [source(f"t{number}", noise(size, dtype=torch.uint8, seed=number)) for number, size in enumerate(sizes)]
+    expected = staged(sources, pool, offset=offset)
+    for chosen in (set(), {0}, {1, 4}, {3}, {0, 2, 5, 7}, {5, 6}, set(range(len(sizes)))):
+        early = place_early(sources, chosen, pool, limit=None, first_block_offset=offset, threads=threads)
+        assert len(early.blocks) == blocks_of(sources, chosen, offset)
+        late = [
+            each._replace(tensor=torch.zeros_like(each.tensor)) if number in chosen else each
+            for number, each in enumerate(sources)
+        ]
+        parts: list[torch.Tensor] = []
+
+        def emit(block: Block, parts: list[torch.Tensor] = parts) -> None:
+            parts.append(block.tensor[0 if parts else offset : block.filled].clone())
+            block.release()
+
+        stage(late, pool, limit=None, first_block_offset=offset, emit=emit, threads=threads, early=early)
+        assert torch.equal(torch.cat(parts), expected)
+        assert not early.blocks
+    assert pool.nbytes <= BLOCK * -(-(offset + sum(sizes)) // BLOCK)
+
+
+def test_what_is_placed_early_comes_back_if_staging_fails(pool: StagingPool) -> None:
+    """Blocks that were filled for nothing are there for the next save."""
+    sources = [source(name, noise(BLOCK, dtype=torch.uint8)) for name in "abc"]
+    early = place_early(sources, {0, 2}, pool, limit=None, first_block_offset=0)
+
+    def refuse(block: Block) -> None:
+        block.release()
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        stage(sources, pool, limit=None, first_block_offset=0, emit=refuse, early=early)
+    assert len({pool.take().address for _ in range(2)}) == 2
+    assert pool.nbytes == 2 * BLOCK

@@ -266,6 +266,8 @@ class Checkpointer:
         flat = saving.flatten_selected(state, self._save_options, rank)
         # The header is not known yet, and rarely larger than a block.
         nbytes = saving.bytes_to_stage(flat, world_size) + BLOCK
+        if any(view.is_cuda for leaf in flat.tensors.values() for view in leaf.views):
+            self._pool.pin()
         self._pool.warm(saving.bytes_to_hold(nbytes, self._staging_limit))
 
     def wait(self) -> None:

@@ -68,7 +68,7 @@ def blocks_for(nbytes: int) -> int:
 class Block:
     """`BLOCK` bytes of pool memory that start on a huge page."""
 
-    __slots__ = ("address", "budget", "filled", "memory", "pinned", "tensor")
+    __slots__ = ("address", "budget", "filled", "memory", "number", "pinned", "tensor")
 
     def __init__(self, memory: memoryview) -> None:
         self.memory = memory
@@ -78,6 +78,8 @@ class Block:
         self.address = self.tensor.data_ptr()
         self.filled = 0
         """Where the valid bytes end; the user of the block sets it."""
+        self.number = 0
+        """Which of its user's blocks it is; the user sets it."""
         self.pinned = False
         self.budget: Budget | None = None
 
@@ -96,10 +98,10 @@ class StagingPool:
         self._free: list[Block] = []
         self._untouched: list[Block] = []
         self._touched = 0
-        self._pinning = False
+        self._pinning = self._refused = False
         self._pinned: list[int] = []
-        self._unpin = weakref.finalize(self, _unregister, self._pinned)
         self._pid = os.getpid()
+        self._unpin = weakref.finalize(self, _unregister, self._pinned, self._pid)
         self._closed = False
 
     @property
@@ -119,8 +121,11 @@ class StagingPool:
             block = self._touch_another()
         if block is None:  # closed meanwhile
             raise UsageError(_CLOSED)
-        if self._pinning and not block.pinned:
+        try:
             self._pin(block)
+        except BaseException:
+            self.give(block)
+            raise
         return block
 
     def give(self, block: Block) -> None:
@@ -140,9 +145,13 @@ class StagingPool:
     def reserve_another(self, nbytes: int) -> bool:
         """One block more towards `nbytes`; whether there is more to do."""
         block = self._touch_another(blocks_for(nbytes)) if threading.main_thread().is_alive() else None
-        if block is not None:
+        if block is None:
+            return False
+        try:
+            self._pin(block)
+        finally:
             self.give(block)
-        return block is not None
+        return True
 
     def warm(self, nbytes: int) -> None:
         """`reserve` in the background. Where memory or a thread can't be had, whoever comes to need it is told.
@@ -161,8 +170,11 @@ class StagingPool:
             threading.Thread(target=run, name="shardckpt-warm").start()
 
     def pin(self) -> None:
-        """From now on hand out only blocks that CUDA devices copy to and from without a detour, where there is CUDA."""
-        self._pinning = torch.cuda.is_available()
+        """From now on hand out only blocks that CUDA devices copy to and from without a detour, where there is CUDA.
+
+        Registering memory with the driver takes as long as touching it, so do this before `reserve` and `warm`.
+        """
+        self._pinning = torch.cuda.is_available() and not self._refused
 
     def close(self) -> None:
         """Let go of the memory. Blocks still out stay valid until their holders drop them. May be called twice."""
@@ -171,8 +183,7 @@ class StagingPool:
             self._free.clear()
             self._untouched.clear()
             self._touched = 0
-        if os.getpid() == self._pid:
-            self._unpin()
+        self._unpin()
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -200,17 +211,34 @@ class StagingPool:
         return block
 
     def _pin(self, block: Block) -> None:
-        # A refusal (no right to lock so much memory, say) costs only speed: copies then go through the driver's own.
+        if not self._pinning or block.pinned:
+            return
+        if int(_cudart().cudaHostRegister(block.address, BLOCK, _CUDA_HOST_REGISTER_PORTABLE)):
+            # No right to lock so much memory, say. It costs only speed: copies then go through the driver's own.
+            self._refused, self._pinning = True, False
+            _clear_cuda_error()
+            return
         block.pinned = True
-        if int(_cudart().cudaHostRegister(block.address, BLOCK, _CUDA_HOST_REGISTER_PORTABLE)) == 0:
-            with self._lock:
+        with self._lock:
+            if not self._closed:
                 self._pinned.append(block.address)
+                return
+        _unregister([block.address], self._pid)
 
 
-def _unregister(addresses: list[int]) -> None:
-    """Undo what `StagingPool._pin` told the CUDA driver, before the memory goes."""
-    while addresses:
+def _unregister(addresses: list[int], pid: int) -> None:
+    """Undo what `StagingPool._pin` told the CUDA driver, before the memory goes; in a child there is no such driver."""
+    while addresses and os.getpid() == pid:
         _cudart().cudaHostUnregister(addresses.pop())
+
+
+def _clear_cuda_error() -> None:
+    """Forget what the CUDA runtime remembers of the call that failed: torch takes it for the fault of its next kernel.
+
+    It exposes no cudaGetLastError, so that kernel is one of ours.
+    """
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def _cudart() -> Any:
