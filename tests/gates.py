@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardckpt.background import PendingSave
-from shardckpt.staging import copying
+from shardckpt.staging import filling
 
 SECONDS = 60.0
 """Past which a test hangs."""
@@ -33,7 +33,7 @@ class Gate:
 def gate() -> Iterator[Gate]:
     """In here, copies beside training wait, of small tensors at least. It opens at the end in any case."""
     found = Gate()
-    copy_memory, wait = copying.copy_memory, PendingSave.wait_until_staged
+    copy_memory, wait = filling.copy_memory, PendingSave.wait_until_staged
 
     def copy(*args: int) -> None:
         if threading.current_thread().name == "shardckpt-stage":
@@ -48,12 +48,12 @@ def gate() -> Iterator[Gate]:
             found.open.set()
         return wait(self, timeout)
 
-    copying.copy_memory, PendingSave.wait_until_staged = copy, waiting  # type: ignore[assignment, method-assign]
+    filling.copy_memory, PendingSave.wait_until_staged = copy, waiting  # type: ignore[assignment, method-assign]
     try:
         yield found
     finally:
         found.open.set()
-        copying.copy_memory, PendingSave.wait_until_staged = copy_memory, wait  # type: ignore[method-assign]
+        filling.copy_memory, PendingSave.wait_until_staged = copy_memory, wait  # type: ignore[method-assign]
 
 
 def beside(act: Any) -> threading.Thread:

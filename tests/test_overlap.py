@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 
 import shardckpt
 from gates import SECONDS, Gate, beside, gate, same
@@ -227,6 +228,42 @@ def test_a_step_of_ones_own_waits_before_it_begins(tmp_path: Path) -> None:
     assert torch.equal(shardckpt.load(tmp_path / "ck")["net"]["weight"], before)
 
 
+@pytest.mark.parametrize("whose", ("the optimizer's", "all optimizers', from before", "all optimizers', from after"))
+def test_hooks_of_others_wait_too(tmp_path: Path, whose: str) -> None:
+    """A hook before the step may change parameters (weight clipping), also where a closure is to run first."""
+    weight = nn.Parameter(torch.ones(64))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    engine = Checkpointer(overlap="step")
+    handles = []
+
+    def halve(*_: Any) -> None:
+        weight.data.mul_(0.5)
+
+    if whose == "all optimizers', from before":
+        overlap.install.cache_clear()  # as if none had been saved in this process
+        hooks = torch_optimizer._global_optimizer_pre_hooks
+        ours = {number: hook for number, hook in hooks.items() if hook is overlap._before_step}
+        for number in ours:
+            del hooks[number]
+        handles.append(torch_optimizer.register_optimizer_step_pre_hook(halve))
+    with gate() as held:
+        pending = engine.async_save({"net": {"weight": weight}, "optimizer": optimizer}, tmp_path / "ck")
+        if whose == "the optimizer's":
+            handles.append(optimizer.register_step_pre_hook(halve))
+        elif whose == "all optimizers', from after":
+            handles.append(torch_optimizer.register_optimizer_step_pre_hook(halve))
+        thread = beside(lambda: optimizer.step(lambda: torch.zeros(())))
+        assert held.asked.wait(SECONDS)
+        assert torch.equal(weight, torch.ones(64))
+        held.open.set()
+        thread.join()
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(weight, torch.full((64,), 0.5))
+    pending.result()
+    assert torch.equal(shardckpt.load(tmp_path / "ck")["net"]["weight"], torch.ones(64))
+
+
 # -- what is not a step ---------------------------------------------------------------------------------------------
 
 
@@ -368,8 +405,31 @@ def test_a_limit_holds_beside_training_too(tmp_path: Path) -> None:
     assert not torch.equal(loaded["weight"], weight)
 
 
+@pytest.mark.parametrize("limit", (None, 96 << 20))
+def test_what_is_copied_at_the_call_takes_no_memory_beside(tmp_path: Path, limit: int | None) -> None:
+    """An average of the weights, nearly as large as they are, is copied once, to where it is written from."""
+    weight = nn.Parameter(torch.arange(12.0 * (1 << 20)))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    average = torch.arange(10.0 * (1 << 20)).flip(0)
+    engine = Checkpointer(overlap="step", staging_limit=limit)
+    engine._pool.reserve(blocks_for(weight.nbytes + average.nbytes + BLOCK) * BLOCK)
+    reserved = engine._pool.nbytes
+    with gate() as held:
+        state = {"weight": weight, "optimizer": optimizer, "average": average}
+        pending = engine.async_save(state, tmp_path / "ck")
+        assert not pending.staged
+        average.zero_()
+        held.open.set()
+    pending.result()
+    assert engine._pool.nbytes == reserved
+    engine.close()
+    loaded = shardckpt.load(tmp_path / "ck")
+    assert torch.equal(loaded["average"], torch.arange(10.0 * (1 << 20)).flip(0))
+    assert torch.equal(loaded["weight"], weight)
+
+
 def test_a_limit_that_just_holds_the_shard_stops_no_step(tmp_path: Path) -> None:
-    """What is copied at the call leaves too little for holding all blocks back until staging is done: write on."""
+    """What is copied at the call has its place in the blocks that the rest is copied to: they all fit."""
     layer = nn.Linear(2048, 12288, bias=False)  # 96 MiB, and with the header and what is loose a part of a block more
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer.weight.grad = torch.ones_like(layer.weight)
@@ -491,12 +551,12 @@ def test_a_forked_child_has_nothing_to_wait_for(tmp_path: Path) -> None:
 
 EXITING = """
 import sys, threading, time, torch, shardckpt
-from shardckpt.staging import copying
-copy = copying.copy_memory
+from shardckpt.staging import filling
+copy = filling.copy_memory
 def slow(*args):
     time.sleep(0.3)
     copy(*args)
-copying.copy_memory = slow
+filling.copy_memory = slow
 weight = torch.nn.Parameter(torch.arange(1000.0))
 optimizer = torch.optim.SGD([weight])
 pending = shardckpt.async_save({"weight": weight, "optimizer": optimizer}, sys.argv[1], overlap="step")

@@ -8,12 +8,11 @@ from typing import Final
 
 from shardckpt import filenames
 from shardckpt.background import PendingSave
-from shardckpt.errors import SaveFailedError
 from shardckpt.garbage import held_off
 from shardckpt.launch import cores_per_rank
-from shardckpt.saving.jobs import Order, SaveJob
+from shardckpt.saving.jobs import Order, SaveJob, told
 from shardckpt.saving.overlap import Overlap, begin_overlap
-from shardckpt.staging import Block, Source, StagingPool, blocks_for, stage
+from shardckpt.staging import Block, Early, Source, StagingPool, blocks_for, stage
 from shardckpt.state import Flattened, Stepped
 from shardckpt.storage import BLOCK
 from shardckpt.writer import ShardWriter
@@ -67,7 +66,7 @@ def write(
         staging = _Staging(writer, found, pool, memory, order.operation.world_size)
     except BaseException as error:
         # The others are under way: this rank has to join them and say so.
-        job = SaveJob(order, _told(error))
+        job = SaveJob(order, told(error))
         submit(job)
         order.pending.mark_staged()
         if not isinstance(error, Exception):
@@ -116,9 +115,16 @@ class _Staging:
         """Stage all now, or what cannot wait; the result is what stages the rest, in a thread, and None for nothing."""
         overlap = None
         if stepped is not None:
-            overlap = begin_overlap(self._sources, stepped, self._pool, self._memory, self._threads)
+            overlap = begin_overlap(
+                self._sources,
+                stepped,
+                self._pool,
+                self._memory,
+                first_block_offset=self._writer.first_block_offset,
+                threads=self._threads,
+            )
         if overlap is None:
-            self._copy(self._sources, self._memory, self._writer.emit)
+            self._copy(self._sources, self._writer.emit)
             self._writer.finish()
         else:
             overlap.start(partial(self._finish, overlap), pending)
@@ -133,22 +139,22 @@ class _Staging:
         with _telling(self._writer):
             with ExitStack() as stack:
                 emit: Callable[[Block], None] = self._writer.emit
-                # What was copied at the call counts too: what is held back must find room beside it.
-                if not self.needs_blocks_back and (overlap.limit is None or overlap.limit >= self._needed):
+                if not self.needs_blocks_back:
                     emit = stack.enter_context(_held_back(emit))
-                self._copy(overlap.sources, overlap.limit, emit)
+                self._copy(overlap.sources, emit, overlap.early)
                 overlap.check()
             self._writer.finish()
         self.warm()
 
-    def _copy(self, sources: Sequence[Source], limit: int | None, emit: Callable[[Block], None]) -> None:
+    def _copy(self, sources: Sequence[Source], emit: Callable[[Block], None], early: Early | None = None) -> None:
         stage(
             sources,
             self._pool,
-            limit=limit,
+            limit=self._memory,
             first_block_offset=self._writer.first_block_offset,
             emit=emit,
             threads=self._threads,
+            early=early,
         )
 
 
@@ -158,14 +164,9 @@ def _telling(writer: ShardWriter) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        writer.cancel(_told(error))
+        writer.cancel(told(error))
         if not isinstance(error, Exception):
             raise
-
-
-def _told(error: BaseException) -> Exception:
-    """What other ranks hear of an error: an interruption is one for this process alone."""
-    return error if isinstance(error, Exception) else SaveFailedError(f"it was interrupted by {type(error).__name__}")
 
 
 @contextmanager

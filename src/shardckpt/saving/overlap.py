@@ -5,7 +5,7 @@ that; everything else is copied at the call. The hook is on all optimizers of th
 state, or is hidden in another, may change the same parameters. It stays once it is there: to take it off while a step
 walks over the hooks is an error in that step, and would have compiled steps compiled again.
 """
-# ruff: noqa: SLF001 - a tensor's version counter has no public name
+# ruff: noqa: SLF001 - a tensor's version counter has no public name, nor has the list of hooks
 
 import functools
 import os
@@ -13,14 +13,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Final, NamedTuple
+from functools import partial
+from typing import Any, Final
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim import optimizer as torch_optimizer
 
 from shardckpt.background import PendingSave
 from shardckpt.errors import ConflictingStateError
-from shardckpt.staging import Block, Source, StagingPool, copyable, side_stream, stage
+from shardckpt.staging import Early, Source, StagingPool, blocks_of, copyable, place_early, side_stream
 from shardckpt.state import Stepped
 from shardckpt.storage import BLOCK
 
@@ -43,20 +44,22 @@ def wait_for_copies(saves: Sequence[PendingSave] | None = None) -> None:
 
 @functools.cache
 def install() -> None:
-    """Have every optimizer of this process wait, before it changes anything, until it may."""
-    register_optimizer_step_pre_hook(_before_step)
+    """Have every optimizer of this process wait, before it or another hook changes anything, until it may."""
+    handle = torch_optimizer.register_optimizer_step_pre_hook(_before_step)
+    # Hooks run in this order, and all of them before those of the optimizer itself.
+    hooks: Any = torch_optimizer._global_optimizer_pre_hooks  # annotated as a dict, which it is not
+    hooks.move_to_end(handle.id, last=False)
 
 
 def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not _under_way:
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not callable(closure) or not type(optimizer).step.__module__.startswith("torch.optim."):
+    if not callable(closure) or not _calls_closure_first(optimizer):
         wait_for_copies()
         return None
 
-    # Torch's own optimizers change nothing before the closure has been called, and Lightning has forward and backward
-    # in there.
+    # Lightning has forward and backward in there.
     def first(*inputs: Any) -> Any:
         result = closure(*inputs)
         wait_for_copies()
@@ -65,36 +68,42 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return ((args[0], *args[2:]), kwargs | {"closure": first})
 
 
-class _Placed(NamedTuple):
-    source: Source
-    waits: bool
-    """Whether it may be copied beside training."""
+def _calls_closure_first(optimizer: Any) -> bool:
+    """Whether nothing changes before a step calls its closure: torch's own optimizers do so, but hooks come before."""
+    hooks = len(torch_optimizer._global_optimizer_pre_hooks) + len(optimizer._optimizer_step_pre_hooks)
+    return hooks == 1 and type(optimizer).step.__module__.startswith("torch.optim.")
 
 
 class Overlap:
     """The staging of one save beside training; `begin_overlap` makes it."""
 
     def __init__(
-        self, sources: Sequence[_Placed], stepped: Stepped, pool: StagingPool, memory: int | None, threads: int
+        self, sources: Sequence[Source], later: Sequence[bool], stepped: Stepped, place: Callable[[set[int]], Early]
     ) -> None:
         self._versions = [
             (source.fqn, live, live._version)
-            for source, waits in sources
+            for source, waits in zip(sources, later, strict=True)
             if waits
             for live in stepped.live(source.tensor)
         ]
-        self._blocks: list[Block] = []
+        now = {number for number, waits in enumerate(later) if not waits}
+        self.early = place({number for number in now if sources[number].tensor.is_cpu})
+        """What has been copied at the call."""
         try:
-            self.sources = _copied(sources, pool, self._blocks, threads)
+            self.sources = [
+                source._replace(tensor=copyable(source.tensor.detach()).clone())
+                if number in now and number not in self.early.placed
+                else source
+                for number, source in enumerate(sources)
+            ]
+            """The same stream of bytes, with copies in place of what is on a device and cannot wait."""
             # By the caller's thread: the streams that it computes on are not those of another thread, and what it
             # queues from now on is not to be waited for.
             devices = {source.tensor.device for source in self.sources if source.tensor.is_cuda}
             self._streams = [side_stream(device) for device in devices]
         except BaseException:
-            self._release()
+            self.early.release()
             raise
-        self.limit = None if memory is None else memory - BLOCK * len(self._blocks)
-        """Bytes of the pool that are left for staging."""
 
     def start(self, copy: Callable[[], None], pending: PendingSave) -> None:
         """Call ``copy`` in a thread; until it returns no optimizer steps."""
@@ -110,7 +119,7 @@ class Overlap:
                         stack.enter_context(torch.cuda.stream(stream))
                     copy()
             finally:
-                self._release()
+                self.early.release()
                 pending.mark_staged()
                 _under_way.discard(pending)
 
@@ -134,51 +143,31 @@ class Overlap:
                 " whatever else changes parameters or optimizer state, or leave `overlap` out."
             )
 
-    def _release(self) -> None:
-        while self._blocks:
-            self._blocks.pop().release()
-
 
 def begin_overlap(
-    sources: Sequence[Source], stepped: Stepped, pool: StagingPool, memory: int | None, threads: int
+    sources: Sequence[Source],
+    stepped: Stepped,
+    pool: StagingPool,
+    memory: int | None,
+    *,
+    first_block_offset: int,
+    threads: int,
 ) -> Overlap | None:
-    """Copy those of ``sources`` that may change before the next step; the result's ``sources`` are to be staged later.
+    """Copy those of ``sources`` that may change before the next step to where they are staged; the rest is for later.
 
-    None where that is not worth while, and all is to be staged now: most of it would be copied now anyway, or more than
-    half of the ``memory`` that the save may hold, in bytes (None: no limit), would be taken by it. And where there are
-    devices of which it is not known how their copies follow upon what is queued there.
+    None where that is not worth while, and all is to be staged now: most of it would be copied now anyway, or the
+    blocks in which that lies are more than half of the ``memory`` that the save may hold, in bytes (None: no limit).
+    And where there are devices of which it is not known how their copies follow upon what is queued there.
     """
     if any(source.tensor.device.type not in ("cpu", "cuda") for source in sources):
         return None
-    placed = [_Placed(source, stepped.holds(source.tensor)) for source in sources]
-    at_once = sum(source.nbytes for source, waits in placed if not waits)
-    later = sum(source.nbytes for source, waits in placed if waits)
-    if later <= at_once or (memory is not None and at_once > memory // 2):
+    later = [stepped.holds(source.tensor) for source in sources]
+    if sum(source.nbytes if waits else -source.nbytes for source, waits in zip(sources, later, strict=True)) <= 0:
         return None
-    return Overlap(placed, stepped, pool, memory, threads)
-
-
-def _copied(sources: Sequence[_Placed], pool: StagingPool, blocks: list[Block], threads: int) -> list[Source]:
-    """The same stream of bytes, with copies in place of those sources that cannot wait.
-
-    Copies of what is in the host's memory are in ``blocks``, which are the caller's to release: fresh memory would
-    take longer to touch than to fill.
-    """
-    now = [source for source, waits in sources if not waits and source.tensor.is_cpu]
-    stage(now, pool, limit=None, first_block_offset=0, emit=blocks.append, threads=threads)
-    found: list[Source] = []
-    at = 0
-    for source, waits in sources:
-        if waits:
-            found.append(source)
-        elif not source.tensor.is_cpu:
-            found.append(source._replace(tensor=copyable(source.tensor.detach()).clone()))
-        else:
-            end = at + source.nbytes
-            while at < end:
-                index, start = divmod(at, BLOCK)
-                size = min(end - at, BLOCK - start)
-                octets = blocks[index].tensor[start : start + size]
-                found.append(source._replace(tensor=octets, nbytes=size))
-                at += size
-    return found
+    now = {number for number, waits in enumerate(later) if not waits}
+    if memory is not None and blocks_of(sources, now, first_block_offset) * BLOCK > memory // 2:
+        return None
+    place = partial(
+        place_early, sources, pool=pool, limit=memory, first_block_offset=first_block_offset, threads=threads
+    )
+    return Overlap(sources, later, stepped, place)

@@ -4,36 +4,17 @@ The bytes of all sources, back to back, are one stream, and a block is a window 
 so that writing overlaps staging; for an asynchronous save the caller goes on when the last one is filled.
 """
 
-import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from itertools import chain
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
-from shardckpt.box import Box, boxes_of_range, slices
-from shardckpt.errors import UsageError
-from shardckpt.staging.memory import Block, Budget, StagingPool, copy_memory
+from shardckpt.box import Box
+from shardckpt.staging.filling import PARALLEL, Filler
+from shardckpt.staging.memory import Block, Budget, StagingPool
 from shardckpt.storage import BLOCK
 from shardckpt.workers import Workers
-
-SMALL: Final = 256 << 10
-"""Bytes below which contiguous tensors of a device are copied together: calls would cost more than the copies."""
-
-PARALLEL: Final = 1 << 20
-"""Bytes from which a copy between memories of the host is given to a thread, where there are several."""
-
-_FLOAT4: Final[torch.dtype | None] = getattr(torch, "float4_e2m1fn_x2", None)
-
-
-def copyable(tensor: torch.Tensor) -> torch.Tensor:
-    """The same elements in a dtype of the same size that torch can copy between memory layouts.
-
-    Tried with torch 2.13: ``copy_`` isn't implemented for float4, and is for every other dtype that we store.
-    """
-    return tensor.view(torch.uint8) if tensor.dtype is _FLOAT4 else tensor
 
 
 class Source(NamedTuple):
@@ -50,6 +31,72 @@ class Source(NamedTuple):
     nbytes: int
 
 
+class Early:
+    """Blocks of a stream in which some sources are in place before the others; `place_early` makes it."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.blocks: dict[int, Block] = {}
+        """By their numbers in the stream."""
+        self.placed: set[int] = set()
+        """The sources that are, by their numbers."""
+
+    def release(self) -> None:
+        """Let go of the blocks that `stage` has not come to."""
+        while self.blocks:
+            self.blocks.popitem()[1].release()
+
+
+def blocks_of(sources: Sequence[Source], chosen: set[int], first_block_offset: int) -> int:
+    """How many blocks `place_early` takes."""
+    touched: set[int] = set()
+    at = first_block_offset
+    for number, source in enumerate(sources):
+        if number in chosen and source.nbytes:
+            touched.update(range(at // BLOCK, -(-(at + source.nbytes) // BLOCK)))
+        at += source.nbytes
+    return len(touched)
+
+
+def place_early(
+    sources: Sequence[Source],
+    chosen: set[int],
+    pool: StagingPool,
+    *,
+    limit: int | None,
+    first_block_offset: int,
+    threads: int = 1,
+) -> Early:
+    """Copy the `chosen` of `sources`, by their numbers, to where `stage` would: it is to be told, and does the rest.
+
+    They are in the host's memory, and their blocks fit into `limit`, which is that of both; see `stage`.
+    """
+    early = Early(Budget(pool, limit))
+
+    def keep(block: Block) -> None:
+        early.blocks[block.number] = block
+
+    wanted = [sources[number] for number in chosen]
+    try:
+        with torch.no_grad(), _workers(wanted, threads) as workers:
+            filler = Filler(early.budget, first_block_offset, keep, [], workers, ahead=2 * threads)
+            try:
+                for number, source in enumerate(sources):
+                    if number in chosen and source.nbytes:
+                        filler.add(source.tensor, source.nbytes)
+                    else:
+                        filler.skip(source.nbytes)
+                filler.finish()
+            except BaseException:
+                filler.abandon()
+                raise
+    except BaseException:
+        early.release()
+        raise
+    early.placed = chosen
+    return early
+
+
 def stage(
     sources: Sequence[Source],
     pool: StagingPool,
@@ -58,6 +105,7 @@ def stage(
     first_block_offset: int,
     emit: Callable[[Block], None],
     threads: int = 1,
+    early: Early | None = None,
 ) -> None:
     """Copy `sources`, in order and without gaps, into blocks of `pool`, and emit each block once it is full.
 
@@ -66,6 +114,7 @@ def stage(
     a block's data ends; only the last may end before the block does. Sources without elements leave no trace.
 
     Large tensors in the host's memory are copied by `threads` threads: one alone reaches half of what two cores copy.
+    What is in place `early` is not copied again, and its budget counts in place of `limit`.
 
     On return every byte has been copied and the tensors may change. `emit` owns a block from its call on. An error of
     `emit` or of a copy is raised; the blocks not emitted by then have been released.
@@ -77,18 +126,30 @@ def stage(
         streams = [side_stream(device) for device in devices]
         for stream in streams:
             stack.enter_context(torch.cuda.stream(stream))
-        workers = None
-        if threads > 1 and any(source.tensor.is_cpu and source.nbytes > PARALLEL for source in sources):
-            workers = stack.enter_context(Workers(threads, "stage"))
-        filler = _Filler(Budget(pool, limit), first_block_offset, emit, streams, workers, ahead=2 * threads)
+        workers = stack.enter_context(_workers(sources, threads))
+        early = Early(Budget(pool, limit)) if early is None else early
+        filler = Filler(early.budget, first_block_offset, emit, streams, workers, ahead=2 * threads, ready=early.blocks)
         try:
-            for source in sources:
-                if source.nbytes:
+            for number, source in enumerate(sources):
+                if number in early.placed:
+                    filler.skip(source.nbytes)
+                elif source.nbytes:
                     filler.add(source.tensor, source.nbytes)
             filler.finish()
         except BaseException:
             filler.abandon()
+            early.release()
             raise
+
+
+@contextmanager
+def _workers(sources: Sequence[Source], threads: int) -> Iterator[Workers | None]:
+    """Threads that copy, where that is worth while."""
+    if threads > 1 and any(source.tensor.is_cpu and source.nbytes > PARALLEL for source in sources):
+        with Workers(threads, "stage") as workers:
+            yield workers
+    else:
+        yield None
 
 
 def side_stream(device: torch.device) -> Any:
@@ -96,177 +157,3 @@ def side_stream(device: torch.device) -> Any:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     return stream
-
-
-class _Filler:
-    """The block being filled, and those that wait for their copies.
-
-    Copies from CUDA devices are queued, not waited for, so a full block is emitted one block later: when the copies of
-    the next are queued behind its own and the device has something to do meanwhile. In the same way threads have the
-    copies of `ahead` blocks before them.
-    """
-
-    def __init__(
-        self,
-        budget: Budget,
-        first_block_offset: int,
-        emit: Callable[[Block], None],
-        streams: Sequence[Any],
-        workers: Workers | None = None,
-        *,
-        ahead: int = 0,
-    ) -> None:
-        self._budget = budget
-        self._emit = emit
-        self._streams = streams
-        self._workers = workers
-        self._ahead = ahead if workers is not None else 1 if streams else 0
-        self._block: Block | None = None
-        self._copies: list[threading.Event] = []
-        self._at = first_block_offset
-        self._pending: deque[tuple[Block, list[Callable[[], object]]]] = deque()
-        self._small: list[torch.Tensor] = []
-        self._small_nbytes = 0
-
-    def add(self, tensor: torch.Tensor, nbytes: int) -> None:
-        """Append all elements of `tensor`, which are `nbytes` bytes, to the stream."""
-        if tensor.nbytes != nbytes:
-            raise UsageError(f"a tensor of {tensor.nbytes} bytes was announced with {nbytes}")
-        if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-            self._add_contiguous(tensor, nbytes)
-        elif (self._at + self._small_nbytes) % tensor.element_size():
-            self._add_contiguous(tensor.contiguous().resolve_conj().resolve_neg(), nbytes)
-        else:
-            self._add_elements(tensor)
-
-    def finish(self) -> None:
-        """Emit what is left, complete or not."""
-        self._gather()
-        if self._block is not None:
-            self._complete()
-        self._emit_pending(0)
-
-    def abandon(self) -> None:
-        """Release what has not been emitted, once no device and no thread writes to it any more."""
-        for stream in self._streams:
-            stream.synchronize()
-        for copied in (*chain.from_iterable(waits for _, waits in self._pending), *self._waits()):
-            copied()
-        for block, _ in self._pending:
-            block.release()
-        self._pending.clear()
-        if self._block is not None:
-            self._block.release()
-            self._block = None
-
-    def _add_contiguous(self, tensor: torch.Tensor, nbytes: int) -> None:
-        if tensor.is_cpu:
-            self._add_memory(tensor.data_ptr(), nbytes)
-        else:
-            self._add_device_memory(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8), nbytes)
-
-    def _add_memory(self, address: int, nbytes: int) -> None:
-        if not address:
-            raise UsageError("a tensor without memory of its own can't be staged")
-        self._gather()
-        while nbytes:
-            block = self._current()
-            size = min(nbytes, BLOCK - self._at)
-            self._copy(block.address + self._at, address, size)
-            address += size
-            nbytes -= size
-            self._advance(size)
-
-    def _copy(self, to: int, source: int, nbytes: int) -> None:
-        if self._workers is None or nbytes < PARALLEL:
-            copy_memory(to, source, nbytes)
-            return
-        copied = threading.Event()
-
-        def job() -> None:
-            try:
-                copy_memory(to, source, nbytes)
-            finally:
-                copied.set()
-
-        self._copies.append(copied)
-        self._workers.submit(job)
-
-    def _add_device_memory(self, octets: torch.Tensor, nbytes: int) -> None:
-        if nbytes < SMALL and self._at + self._small_nbytes + nbytes <= BLOCK:
-            if self._small and octets.device != self._small[0].device:
-                self._gather()
-            self._small.append(octets)
-            self._small_nbytes += nbytes
-            return
-        self._gather()
-        done = 0
-        while done < nbytes:
-            block, at = self._current(), self._at
-            size = min(nbytes - done, BLOCK - at)
-            block.tensor[at : at + size].copy_(octets[done : done + size], non_blocking=octets.is_cuda)
-            done += size
-            self._advance(size)
-
-    def _add_elements(self, tensor: torch.Tensor) -> None:
-        """Append a tensor whose memory isn't in the order or of the form that is stored: convert while copying."""
-        self._gather()
-        tensor = copyable(tensor)
-        itemsize, count, done = tensor.element_size(), tensor.numel(), 0
-        while done < count:
-            block, at = self._current(), self._at
-            size = min(count - done, (BLOCK - at) // itemsize)
-            into = block.tensor[at : at + size * itemsize].view(tensor.dtype)
-            start = 0
-            for box in boxes_of_range(tensor.shape, done, done + size):
-                part = into[start : start + box.volume].view(box.lengths)
-                part.copy_(tensor[slices(box)], non_blocking=tensor.is_cuda)
-                start += box.volume
-            done += size
-            self._advance(size * itemsize)
-
-    def _gather(self) -> None:
-        """Copy the small tensors of a device that have been put off; they fit into the block."""
-        if self._small:
-            gathered = torch.cat(self._small)
-            size, self._small_nbytes = self._small_nbytes, 0
-            into = self._current().tensor[self._at : self._at + size]
-            into.copy_(gathered, non_blocking=gathered.is_cuda)
-            self._small.clear()
-            self._advance(size)
-
-    def _current(self) -> Block:
-        """The block being filled."""
-        if self._block is None:
-            block = self._budget.try_acquire()
-            if block is None:
-                # What is pending must go out first: nobody releases a block that was never emitted.
-                self._emit_pending(0)
-                block = self._budget.acquire()
-            self._block = block
-        return self._block
-
-    def _advance(self, nbytes: int) -> None:
-        self._at += nbytes
-        if self._at == BLOCK:
-            self._complete()
-
-    def _complete(self) -> None:
-        assert self._block is not None
-        block, self._block = self._block, None
-        block.filled, self._at = self._at, 0
-        self._pending.append((block, self._waits()))
-        self._emit_pending(self._ahead)
-
-    def _waits(self) -> list[Callable[[], object]]:
-        """What is to be waited for until all copies into the block are done."""
-        copies, self._copies = self._copies, []
-        return [*(stream.record_event().synchronize for stream in self._streams), *(copied.wait for copied in copies)]
-
-    def _emit_pending(self, keep: int) -> None:
-        while len(self._pending) > keep:
-            _, waits = self._pending[0]
-            for wait in waits:
-                wait()
-            block, _ = self._pending.popleft()
-            self._emit(block)
