@@ -147,6 +147,7 @@ def small_grid() -> Iterator[None]:
         shardckpt.codecs,
         shardckpt.staging.memory,
         shardckpt.staging.copying,
+        shardckpt.staging.filling,
         shardckpt.writer.cells,
         shardckpt.writer.output,
         shardckpt.writer.streams,
