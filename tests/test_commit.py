@@ -777,7 +777,7 @@ def test_saves_that_share_do_not_keep_each_other(tmp_path):
 
 def test_what_another_rank_spoils_is_taken_back(tmp_path, monkeypatch):
     """Rank 0 has opened the place when another rank fails to come: no marker, no lease and no directory is left."""
-    solo = coordinator._SoloOperation
+    solo = coordinator.operation.SoloOperation
     agree = solo.agree
 
     def late(self: Any, point: str, word: bytes | Exception, timeout: float | None = None) -> list[bytes]:

@@ -184,7 +184,7 @@ def _rank(
         master_listen_fd=listening.detach() if is_host else None,
     )
     dist.init_process_group("gloo", rank=rank, world_size=RANKS, store=store, timeout=timedelta(seconds=30))
-    coordinator._GRACE_SECONDS = patience / 2  # type: ignore[misc]
+    coordinator.ranks._GRACE_SECONDS = patience / 2  # type: ignore[misc]
     engine = Checkpointer(timeout=patience, commit_timeout=patience, share_reads=True)
     api._engine = lambda: engine  # type: ignore[assignment]
     if not name:

@@ -118,13 +118,13 @@ def missed_call(rank: int, path: str, caller: int) -> str:
     """One rank alone calls save; what it is told. Then all call, and are in step again."""
     told = ""
     if rank == caller:
-        coordinator._GRACE_SECONDS = 0.5  # type: ignore[misc]
+        coordinator.ranks._GRACE_SECONDS = 0.5  # type: ignore[misc]
         try:
             Checkpointer(timeout=1.0).save({"t": torch.zeros(3)}, path)
         except shardckpt.RankTimeoutError as error:
             told = str(error)
         finally:
-            coordinator._GRACE_SECONDS = 20.0  # type: ignore[misc]
+            coordinator.ranks._GRACE_SECONDS = 20.0  # type: ignore[misc]
     dist.barrier()
     for value in range(3):
         Checkpointer(timeout=30).save({"t": torch.full((3,), float(value))}, path)

@@ -1,25 +1,14 @@
-"""Agreement between ranks that carries errors, without a collective.
-
-Everything goes through the c10d Store of the default process group, as keys that one rank sets and others wait for
-with a timeout. A collective in a background thread would cross training's own; a Store cannot. Background threads use
-a clone of the Store, its own connection: on a shared one a background ``wait`` keeps a foreground ``set`` waiting.
-
-Like collectives, operations are matched by their order: every rank makes the same calls of shardckpt in the same order.
-Each call carries its name, so a rank that makes another one is told what the others are doing instead of hanging.
-"""
+"""The operation of several ranks: words that are keys of the c10d Store."""
 
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from collections.abc import Sequence
+from typing import Any, Final
 
 import msgspec
-import torch.distributed as dist
 
-from shardckpt import errors, launch
+from shardckpt import errors
 from shardckpt.errors import ConflictingStateError, RankTimeoutError, ShardckptError
 from shardckpt.wordstore import WordStore
 
@@ -44,149 +33,17 @@ class _Word(msgspec.Struct, array_like=True):
     """Ranks that were not waited for any longer."""
 
 
-class Operation(Protocol):
-    """One call of shardckpt that all ranks make together."""
-
-    rank: int
-    world_size: int
-    verdict: Exception | None
-    """What an agreement failed of in the words of rank 0, so that its class is the same on all ranks that heard it."""
-
-    def agree(self, point: str, word: bytes | Exception, timeout: float | None = None) -> list[bytes]:
-        """Say ``word`` and hear everyone's, by rank. Raises on every rank if any rank said an error.
-
-        ``timeout`` is in seconds, for points before which ranks have different amounts of work to do.
-        """
-
-    def fail(self, point: str, error: Exception) -> None:
-        """Tell the others that this rank is leaving, and wait for nobody."""
-
-    def post(self, point: str, word: bytes | Exception) -> None:
-        """Say ``word`` without waiting; safe in a background thread, as are the three below."""
-
-    def collect(self, point: str, timeout: float) -> list[bytes]:
-        """Rank 0: everyone's word at ``point``; raises what another rank said went wrong, or who was silent."""
-
-    def announce(self, point: str, word: bytes | Exception) -> None:
-        """Rank 0: say what all the others wait for."""
-
-    def hear(self, point: str, timeout: float) -> bytes:
-        """Other ranks: what rank 0 announced at ``point``, raising if that is an error."""
-
-    def in_background(self, owner: object) -> "Operation":
-        """The same operation over the connection that belongs to the background thread of ``owner``."""
-
-
-def begin(call: str, *, timeout: float) -> Operation:
-    """Start an operation named ``call`` with all ranks of the default process group, or alone without one.
-
-    Raises UsageError where there should be one: torchrun has started several processes.
-    """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
-        words = WordStore(store, store, call)
-        return _StoreOperation(words, _next_number(store), call, dist.get_rank(), dist.get_world_size(), timeout)
-    launch.check_group(call)
-    return _SoloOperation()
-
-
-def begin_alone() -> Operation:
-    """An operation of this process only, whatever process group there is."""
-    return _SoloOperation()
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """The rank of this process and the number of ranks; (0, 1) without a process group."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-@dataclass
-class Turn:
-    """One rank's part in an agreement: what it says, and, once all have spoken, what everyone said, by rank."""
-
-    word: bytes = b""
-    heard: list[bytes] = field(default_factory=list)
-    undo: Callable[[], None] = lambda: None
-    """Takes back what this rank has done, if another fails at this point."""
-
-
-@contextmanager
-def turn(operation: Operation, point: str, timeout: float | None = None) -> Iterator[Turn]:
-    """Enclose what a rank does before the others may go on past ``point``.
-
-    If anything in here raises, on any rank, it is raised on every rank: nobody waits for one that has failed.
-    """
-    own = Turn()
-    try:
-        yield own
-    except Exception as error:
-        operation.agree(point, error, timeout)
-        raise
-    except BaseException as error:
-        operation.fail(point, errors.RemoteError(f"interrupted by {type(error).__name__}"))
-        raise
-    try:
-        own.heard = operation.agree(point, own.word, timeout)
-    except BaseException:
-        own.undo()
-        raise
-
-
 _counters: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
 """Operations begun so far, by the Store they go through: a new process group counts from zero again."""
 
 
-def _next_number(store: Any) -> int:
+def next_number(store: Any) -> int:
     number = _counters.get(store, 0)
     _counters[store] = number + 1
     return number
 
 
-class _SoloOperation:
-    """The twin for one process: what is said is heard at once."""
-
-    rank = 0
-    world_size = 1
-
-    def __init__(self) -> None:
-        self.verdict: Exception | None = None
-        self._said: dict[str, bytes] = {}
-
-    def agree(
-        self,
-        point: str,  # noqa: ARG002 - the signature is Operation's
-        word: bytes | Exception,
-        timeout: float | None = None,  # noqa: ARG002
-    ) -> list[bytes]:
-        if isinstance(word, Exception):
-            self.verdict = word
-            raise word
-        return [word]
-
-    def fail(self, point: str, error: Exception) -> None:  # noqa: ARG002 - the signature is Operation's
-        return
-
-    def post(self, point: str, word: bytes | Exception) -> None:
-        if isinstance(word, Exception):
-            raise word
-        self._said[point] = word
-
-    def collect(self, point: str, timeout: float) -> list[bytes]:  # noqa: ARG002 - the signature is Operation's
-        return [self._said.pop(point)]
-
-    def announce(self, point: str, word: bytes | Exception) -> None:  # noqa: ARG002 - the signature is Operation's
-        return
-
-    def hear(self, point: str, timeout: float) -> bytes:  # noqa: ARG002 - the signature is Operation's
-        raise AssertionError("rank 0 announces; it does not hear")
-
-    def in_background(self, owner: object) -> "_SoloOperation":  # noqa: ARG002 - the signature is Operation's
-        return self
-
-
-class _StoreOperation:
+class StoreOperation:
     """Words are keys of the Store: ``<number>/<point>/<rank>``, and ``.../all`` for what rank 0 announces.
 
     Each rank removes its own key once rank 0 has answered, and the last to hear an answer removes that, so the Store
@@ -203,8 +60,8 @@ class _StoreOperation:
         self._timeout = timeout
         self._joined = False
 
-    def in_background(self, owner: object) -> "_StoreOperation":
-        return _StoreOperation(
+    def in_background(self, owner: object) -> "StoreOperation":
+        return StoreOperation(
             self._store.in_background(owner), self._number, self._call, self.rank, self.world_size, self._timeout
         )
 
@@ -299,7 +156,7 @@ class _StoreOperation:
                 return
             log.warning("rank %d goes on without a call that it has missed: %s", self.rank, word.message)
             self._mark_heard(key)
-            self._number = _next_number(self._store.origin)
+            self._number = next_number(self._store.origin)
 
     def _mark_heard(self, key: str) -> None:
         if self._store.count(key + "/heard") == self.world_size - 1:
