@@ -23,7 +23,7 @@ from shardckpt import Checkpointer, checkpointer, commit, coordinator, filenames
 from shardckpt.background import Background
 from shardckpt.commit import clearing
 from shardckpt.saving import halves
-from shardckpt.storage import Storage, open_storage
+from shardckpt.storage import Storage, open_storage, posix
 from storage.wrappers import FaultyStorage, SlowStorage, WrapperStorage
 
 BROKEN = shardckpt.StorageError("the cable is out")
@@ -508,8 +508,12 @@ def test_a_running_save_renews_its_marker(tmp_path, wrapped, monkeypatch):
 class LostAnswer(WrapperStorage):
     """The put of manifest.json succeeds, but its answer is lost; ``silent`` storages answer nothing from then on."""
 
-    def __init__(self, inner: Storage, *, silent: bool, lands: bool = True) -> None:
+    def __init__(
+        self, inner: Storage, *, silent: bool, lands: bool = True, error: Exception = BROKEN, has_places: bool = True
+    ) -> None:
         super().__init__(inner)
+        self.has_places = has_places
+        self.error = error
         self.silent = silent
         self.lands = lands
         self.lost = False
@@ -524,7 +528,7 @@ class LostAnswer(WrapperStorage):
         if self.lands:
             super().put(name, data, replace=replace, durable=durable)
         self.lost = True
-        raise BROKEN
+        raise self.error
 
 
 @pytest.mark.parametrize("over", (False, True), ids=("new", "overwriting"))
@@ -533,7 +537,17 @@ def test_a_lost_answer_to_a_commit_that_landed_is_success(tmp_path, wrapped, ove
     path = tmp_path / "ck"
     if over:
         Checkpointer().save(state(1), path)
-    wrapped(lambda inner: LostAnswer(inner, silent=False))
+    path.mkdir(exist_ok=True)
+    wrapped(lambda inner: LostAnswer(inner, silent=False, has_places=False))  # an object store: what it shows lasts
+    Checkpointer().save(state(2), path)
+    assert found(path) == 2
+    assert set(files(path)) == ours(path)
+
+
+def test_an_answer_that_nfs_lost_is_success(tmp_path, wrapped):
+    """It asks again when the answer to a new name is lost, and hears of the name that it has made itself."""
+    path = tmp_path / "ck"
+    wrapped(lambda inner: LostAnswer(inner, silent=False, error=shardckpt.errors.ObjectExistsError("it exists")))
     Checkpointer().save(state(2), path)
     assert found(path) == 2
     assert set(files(path)) == ours(path)
@@ -773,6 +787,35 @@ def test_saves_that_share_do_not_keep_each_other(tmp_path):
     gc.collect()
     assert [job() is not None for job in jobs] == [False, False, False, True]
     assert shardckpt.load(tmp_path / "3")["step"] == 0
+
+
+def test_a_commit_that_may_not_last_removes_nothing(tmp_path, monkeypatch):
+    """The record is in place, and its directory could not be synced: what it replaces may be what is left."""
+    engine = Checkpointer()
+    engine.save(state(1), tmp_path / "ck")
+    before = ours(tmp_path / "ck") - {"manifest.json"}
+    replace = os.replace
+    asked: list[str] = []
+
+    def replacing(source: str, target: str) -> None:
+        replace(source, target)
+        if target.endswith("manifest.json"):
+            monkeypatch.setattr(posix, "sync_directory", refuse)
+
+    def refuse(directory: str) -> None:
+        asked.append(directory)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", replacing)
+    with pytest.raises(shardckpt.UncertainCommitError, match="may be lost if the machine fails now"):
+        engine.save(state(2), tmp_path / "ck")
+    assert len(asked) == 1, "after a failed fsync one that works proves nothing"
+    assert before <= set(files(tmp_path / "ck"))
+    monkeypatch.undo()
+    assert found(tmp_path / "ck") == 2
+    engine.save(state(3), tmp_path / "ck")
+    assert found(tmp_path / "ck") == 3
+    assert not before & set(files(tmp_path / "ck"))
 
 
 def test_what_another_rank_spoils_is_taken_back(tmp_path, monkeypatch):

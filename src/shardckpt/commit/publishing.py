@@ -16,6 +16,7 @@ from shardckpt.commit.clearing import end_lease, take_lease
 from shardckpt.commit.finding import find_bytes
 from shardckpt.errors import (
     CorruptCheckpointError,
+    ObjectExistsError,
     ObjectNotFoundError,
     SaveFailedError,
     ShardckptError,
@@ -153,11 +154,27 @@ def publish_record(storage: Storage, data: bytes, previous: bytes | None) -> Non
                 "whether it was. Nothing was removed: what is at that path, the new checkpoint or what was there "
                 "before, is whole."
             ) from error
-        if current == data:  # a lost answer to a put that succeeded is a success
+        if current == data:
+            _settle(storage, error)
             return
         if current != previous:
             raise _overtaken(storage) from error
         raise
+
+
+def _settle(storage: Storage, error: Exception) -> None:
+    """The record is there although putting it raised ``error``; raises UncertainCommitError where it may not last."""
+    if not storage.has_places:  # a lost answer to a put that succeeded is a success
+        return
+    if isinstance(error, ObjectExistsError):  # NFS lost the answer and asked again; nothing was synced yet
+        with suppress(ShardckptError):
+            storage.sync()
+            return
+    # After an fsync that failed, one that succeeds would prove nothing.
+    raise UncertainCommitError(
+        f"the commit record is in {storage.url}, but may be lost if the machine fails now: {error}. Nothing was"
+        " removed. Look after the disk, then load that checkpoint, or save again elsewhere."
+    ) from error
 
 
 def check_unchanged(storage: Storage, previous: bytes | None) -> None:
