@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from shardckpt import commit, coordinator, loading, options, saving
 from shardckpt.background import Background, PendingSave
-from shardckpt.coordinator import Operation, turn
-from shardckpt.errors import RankTimeoutError, SaveFailedError, StorageError
+from shardckpt.coordinator import Operation, taking_part, turn
+from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, SaveFailedError, StorageError
 from shardckpt.loading import OpenCheckpoint
 from shardckpt.options import Compression, OnSaveError, Path, SaveOptions, ShareReads
 from shardckpt.relocation import MapLocation
@@ -148,7 +148,7 @@ class Checkpointer:
         return self._start(Request(state, path, opener, state_version, chosen, self._staging_limit))
 
     def _start(self, request: Request) -> PendingSave:
-        operation = self._begin(f"save({options.path_text(request.path)!r})")
+        operation = self.begin(f"save({options.path_text(request.path)!r})")
         return self._series.begin(request, operation, self._pool)
 
     # -- loading ----------------------------------------------------------------------------------------------------
@@ -201,10 +201,8 @@ class Checkpointer:
                     weights_only=weights_only,
                     convert_dtype=convert_dtype,
                 )
-            except RankTimeoutError:
-                raise
-            except Exception as error:
-                # All ranks come here if one does, though each with an error of its own.
+            except (CorruptCheckpointError, ObjectNotFoundError) as error:
+                # All ranks come here if one does, as the kind of error is the same on all.
                 if attempt + 1 == _RESTARTS or not self._overwritten(opened, error):
                     raise
         raise AssertionError("the last attempt returns or raises")
@@ -214,8 +212,9 @@ class Checkpointer:
     ) -> OpenCheckpoint:
         """Read the manifest of a checkpoint; ``collective``: rank 0 reads it, and all ranks get the same one."""
         self._background.wait()
-        operation = self._begin(f"load({options.path_text(path)!r})") if collective else coordinator.begin_alone()
-        place, storage, manifest = loading.read_manifest(path, self._options(storage_options), operation)
+        operation = self.begin(f"load({options.path_text(path)!r})") if collective else coordinator.begin_alone()
+        with taking_part(operation):
+            place, storage, manifest = loading.read_manifest(path, self._options(storage_options), operation)
         return OpenCheckpoint(
             place,
             manifest,
@@ -227,7 +226,7 @@ class Checkpointer:
         )
 
     def _overwritten(self, opened: OpenCheckpoint, error: Exception) -> bool:
-        operation = self._begin(f"reload({opened.path!r})")
+        operation = self.begin(f"reload({opened.path!r})")
         with turn(operation, "overwritten") as looked:
             if operation.rank == 0:
                 looked.word = b"yes" if loading.overwritten(opened, error) else b"no"
@@ -289,9 +288,10 @@ class Checkpointer:
 
     def _begin_load(self, call: str) -> Operation:
         saving.wait_for_copies()  # another Checkpointer's too: what is read may go into what it copies
-        return self._begin(call)
+        return self.begin(call)
 
-    def _begin(self, call: str) -> Operation:
+    def begin(self, call: str) -> Operation:
+        """Begin an operation of those ranks that share this Checkpointer's calls; not for users, nor kept for them."""
         self._background.check_fork()
         return coordinator.begin_alone() if self._alone else coordinator.begin(call, timeout=self._timeout)
 

@@ -34,6 +34,8 @@ class ShardckptError(Exception):
 
     rank: int | None = None
     """The rank that met it, where that has told the others; None for an error of this process."""
+    told_as: str | None = None
+    """The name of its class on that rank, which may be one that this process does not know."""
 
 
 class UsageError(ShardckptError, ValueError):

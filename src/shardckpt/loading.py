@@ -13,7 +13,7 @@ from shardckpt import commit, filenames
 from shardckpt import manifest as mf
 from shardckpt.box import full_box
 from shardckpt.codecs import torch_dtype
-from shardckpt.coordinator import Operation, turn
+from shardckpt.coordinator import Operation, taking_part, turn
 from shardckpt.errors import (
     CorruptCheckpointError,
     ObjectNotFoundError,
@@ -66,10 +66,11 @@ def read_manifest(
         storage = open_storage(place, storage_options)
         if operation.rank == 0:
             said.word = commit.read_bytes(place, storage, storage_options)
-    where = f"{storage.url}/{filenames.MANIFEST}"
-    # By all ranks at a time: with 20,000 tensors it takes a fifth of a second. What is wrong with it they all find.
-    manifest = mf.decode_manifest(said.heard[0], where)
-    check_skeleton(manifest, where)
+    with turn(operation, "decode"):
+        # By all ranks at a time: with 20,000 tensors it takes a fifth of a second.
+        where = f"{storage.url}/{filenames.MANIFEST}"
+        manifest = mf.decode_manifest(said.heard[0], where)
+        check_skeleton(manifest, where)
     return place, storage, manifest
 
 
@@ -148,77 +149,78 @@ class OpenCheckpoint:
         errors are those of `Checkpointer.load`.
         """
         operation = self._begin(f"load({self.path!r})")
-        started = time.monotonic()
-        stats = ReadStats()
-        with turn(operation, "match") as matched, held_off():
-            check_root(state)
-            match = Matching(
-                self.manifest,
-                walk,
-                parameters=parameter_names(state),
-                convert_dtype=convert_dtype,
-                strict=strict,
-                relocate=relocation(map_location),
-                here=Here(operation.rank, operation.world_size),
+        with taking_part(operation):
+            started = time.monotonic()
+            stats = ReadStats()
+            with turn(operation, "match") as matched, held_off():
+                check_root(state)
+                match = Matching(
+                    self.manifest,
+                    walk,
+                    parameters=parameter_names(state),
+                    convert_dtype=convert_dtype,
+                    strict=strict,
+                    relocate=relocation(map_location),
+                    here=Here(operation.rank, operation.world_size),
+                )
+                on_meta = list(meta_tensors(state))
+                place = match.root(state, self._part(prefix, key_map, state, strict=strict))
+                matched.word = msgspec.msgpack.encode(Matched(match.differences, match.meshes.digests()))
+            ranks = [msgspec.msgpack.decode(word, type=Matched) for word in matched.heard]
+            verdict, differences = together([found.differences for found in ranks], operation.rank)
+            if meshes.may_differ([found.meshes for found in ranks]):
+                meshes.check(operation.agree("meshes", match.meshes.encode()))
+            with turn(operation, "check") as checked, held_off():
+                # Before the verdict: what differs may be what is damaged.
+                stats.count(self._check_words(match.here))
+                where = prefix_name(prefix)
+                verdict.check(f"{self.path} at {where!r}" if where else self.path, strict=strict)
+                self._read_objects(match, map_location, weights_only)
+                live = [Wanted(tensor.fqn, box) for tensor in match.live() for box in tensor.boxes]
+                reading = self._prepare(match, live, convert_dtype=convert_dtype, stats=stats)
+                if operation.world_size > 1:
+                    checked.word = opening(reading, self._share_reads)
+            per_rank: dict[str, list[Any]] = {}
+            if self.manifest.per_rank and operation.world_size != self.manifest.world_size:
+                with turn(operation, "resize", self._patience):
+                    per_rank = self._resize(match, map_location, weights_only, stats)
+            others_may_have = operation.world_size > 1
+            # What was placed while reading may be in new tensors only, which nobody has seen.
+            safely = telling(self.path, lambda: (stats.placing and bool(match.targets)) or others_may_have)
+            with turn(operation, "restore", self._patience), safely:
+                read_together(reading, checked.heard, operation, patience=self._patience)
+                del reading  # it holds what was read, of which `settle` may make copies elsewhere
+                match.settle()
+            # In a turn of its own: a module's loading code may hold collectives, and wait for one that could not read.
+            with turn(operation, "place", self._patience), telling(self.path, lambda: True):
+                place()
+            if not strict and self.manifest.tensors and not match.restored:
+                log.warning(
+                    "%s has nothing for this state: no tensor was restored, and strict=False lets that pass", self.path
+                )
+            left_on_meta = [name for name, tensor in on_meta if tensor.is_meta]
+            if left_on_meta:
+                log.warning(
+                    "%s has nothing for %s, still on the meta device; fill what you need of it (buffers that are not"
+                    " persistent are never saved)",
+                    self.path,
+                    ", ".join(left_on_meta),
+                )
+            return LoadReport(
+                path=self.path,
+                save_id=self.manifest.save_id,
+                world_size=self.manifest.world_size,
+                restored=match.restored,
+                missing=differences.missing,
+                unexpected=differences.unexpected,
+                mismatched=differences.mismatched,
+                skipped=differences.skipped,
+                left_on_meta=left_on_meta,
+                bytes_read=stats.bytes_read,
+                seconds=time.monotonic() - started,
+                bytes_received=stats.bytes_received,
+                per_rank=per_rank,
             )
-            on_meta = list(meta_tensors(state))
-            place = match.root(state, self._part(prefix, key_map, state, strict=strict))
-            matched.word = msgspec.msgpack.encode(Matched(match.differences, match.meshes.digests()))
-        ranks = [msgspec.msgpack.decode(word, type=Matched) for word in matched.heard]
-        verdict, differences = together([found.differences for found in ranks], operation.rank)
-        if meshes.may_differ([found.meshes for found in ranks]):
-            meshes.check(operation.agree("meshes", match.meshes.encode()))
-        with turn(operation, "check") as checked, held_off():
-            # Before the verdict: what differs may be what is damaged.
-            stats.count(self._check_words(match.here))
-            where = prefix_name(prefix)
-            verdict.check(f"{self.path} at {where!r}" if where else self.path, strict=strict)
-            self._read_objects(match, map_location, weights_only)
-            live = [Wanted(tensor.fqn, box) for tensor in match.live() for box in tensor.boxes]
-            reading = self._prepare(match, live, convert_dtype=convert_dtype, stats=stats)
-            if operation.world_size > 1:
-                checked.word = opening(reading, self._share_reads)
-        per_rank: dict[str, list[Any]] = {}
-        if self.manifest.per_rank and operation.world_size != self.manifest.world_size:
-            with turn(operation, "resize", self._patience):
-                per_rank = self._resize(match, map_location, weights_only, stats)
-        others_may_have = operation.world_size > 1
-        # What was placed while reading may be in new tensors only, which nobody has seen.
-        safely = telling(self.path, lambda: (stats.placing and bool(match.targets)) or others_may_have)
-        with turn(operation, "restore", self._patience), safely:
-            read_together(reading, checked.heard, operation, patience=self._patience)
-            del reading  # it holds what was read, of which `settle` may make copies elsewhere
-            match.settle()
-        # In a turn of its own: a module's loading code may hold collectives, and wait for a rank that could not read.
-        with turn(operation, "place", self._patience), telling(self.path, lambda: True):
-            place()
-        if not strict and self.manifest.tensors and not match.restored:
-            log.warning(
-                "%s has nothing for this state: no tensor was restored, and strict=False lets that pass", self.path
-            )
-        left_on_meta = [name for name, tensor in on_meta if tensor.is_meta]
-        if left_on_meta:
-            log.warning(
-                "%s has nothing for %s, still on the meta device; fill what you need of it (buffers that are not"
-                " persistent are never saved)",
-                self.path,
-                ", ".join(left_on_meta),
-            )
-        return LoadReport(
-            path=self.path,
-            save_id=self.manifest.save_id,
-            world_size=self.manifest.world_size,
-            restored=match.restored,
-            missing=differences.missing,
-            unexpected=differences.unexpected,
-            mismatched=differences.mismatched,
-            skipped=differences.skipped,
-            left_on_meta=left_on_meta,
-            bytes_read=stats.bytes_read,
-            seconds=time.monotonic() - started,
-            bytes_received=stats.bytes_received,
-            per_rank=per_rank,
-        )
 
     def read_tensor(self, name: str, index: Index = ..., *, map_location: MapLocation = None) -> Tensor:
         """One tensor by its name, or the part ``index`` of it, on this process alone: what ``full[index]`` would be.

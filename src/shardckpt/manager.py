@@ -180,8 +180,8 @@ class CheckpointManager:
     def _look(self, call: str) -> list[Kept]:
         """The complete checkpoints, oldest first, as rank 0 sees them; every rank calls."""
         self.wait()  # what is being removed would be found, and be gone when it is looked at
-        operation = coordinator.begin(f"CheckpointManager.{call}({self.root!r})", timeout=self._timeout)
-        with turn(operation, "checkpoints") as looked:
+        operation = self._checkpointer.begin(f"CheckpointManager.{call}({self.root!r})")
+        with turn(operation, "checkpoints", self._timeout) as looked:
             if operation.rank == 0:
                 looked.word = msgspec.msgpack.encode(self._scan())
         return msgspec.msgpack.decode(looked.heard[0], type=list[Kept])

@@ -25,6 +25,9 @@ class Operation(Protocol):
     def fail(self, point: str, error: Exception) -> None:
         """Tell the others that this rank is leaving, and wait for nobody."""
 
+    def leave(self, error: BaseException) -> None:
+        """Tell the others, at whatever point they are, that this rank goes no further; waits for nobody."""
+
     def post(self, point: str, word: bytes | Exception) -> None:
         """Say ``word`` without waiting; safe in a background thread, as are the three below."""
 
@@ -73,6 +76,17 @@ def turn(operation: Operation, point: str, timeout: float | None = None) -> Iter
         raise
 
 
+@contextmanager
+def taking_part(operation: Operation) -> Iterator[None]:
+    """Enclose what lies between the turns too: what ends it is told to the others, unless all have agreed on it."""
+    try:
+        yield
+    except BaseException as error:
+        if operation.verdict is None:
+            operation.leave(error)
+        raise
+
+
 class SoloOperation:
     """The twin for one process: what is said is heard at once."""
 
@@ -95,6 +109,9 @@ class SoloOperation:
         return [word]
 
     def fail(self, point: str, error: Exception) -> None:  # noqa: ARG002 - the signature is Operation's
+        return
+
+    def leave(self, error: BaseException) -> None:  # noqa: ARG002 - the signature is Operation's
         return
 
     def post(self, point: str, word: bytes | Exception) -> None:

@@ -1,6 +1,7 @@
 """The operation of several ranks: words that are keys of the c10d Store."""
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -16,6 +17,15 @@ log = logging.getLogger(__name__)
 
 _GRACE_SECONDS: Final = 20.0
 """How much longer the other ranks wait than rank 0, so that they hear from it who was missing."""
+
+_FIRST: Final = "first"
+"""The point at which the ranks meet first, whatever they call it: those that make different calls meet there too."""
+_LEFT: Final = "left"
+"""In place of a point and who spoke there: a rank has left the operation, whatever point the others come to."""
+
+_PATIENT_SECONDS: Final = 5.0
+"""How long a rank waits at most without hearing of an interrupt."""
+_PAUSE_SECONDS: Final = 0.5
 
 _FIRST_PAUSE_SECONDS: Final = 0.0002
 _LONGEST_PAUSE_SECONDS: Final = 0.05
@@ -67,7 +77,8 @@ class StoreOperation:
 
     def agree(self, point: str, word: bytes | Exception, timeout: float | None = None) -> list[bytes]:
         seconds = self._timeout if timeout is None else timeout
-        is_first, self._joined = not self._joined, True
+        is_first, point = not self._joined, self._meeting(point)
+        self._joined = True
         if is_first:
             self._catch_up(point)
         self.post(point, word)
@@ -83,15 +94,27 @@ class StoreOperation:
             return words
         except ShardckptError as error:
             self.verdict = error
-            if isinstance(word, Exception):
-                # The rank that failed has the error itself, with its traceback; the others have its words.
-                raise word from None
-            raise
+            if not isinstance(word, Exception):
+                raise
+            if type(word).__name__ == (error.told_as or type(error).__name__):
+                # This rank has the error itself, with its traceback.
+                raise word from word.__cause__
+            # Another came before, by whose kind the others decide how to go on, and so does this rank.
+            raise error from word
 
     def fail(self, point: str, error: Exception) -> None:
+        point = self._meeting(point)
         self.post(point, error)
         if self.rank == 0:
             self.announce(point, error)
+
+    def _meeting(self, point: str) -> str:
+        return point if self._joined else _FIRST
+
+    def leave(self, error: BaseException) -> None:
+        if not isinstance(error, Exception):
+            error = errors.RemoteError(f"interrupted by {type(error).__name__}")
+        self._store.set(self._key(_LEFT), self._encoded(error))
 
     def post(self, point: str, word: bytes | Exception) -> None:
         said = self._encoded(word)
@@ -106,7 +129,7 @@ class StoreOperation:
 
     def collect(self, point: str, timeout: float) -> list[bytes]:
         keys = [self._key(point, rank) for rank in range(self.world_size)]
-        failed = self._key(point, "failed")
+        failed, left = self._key(point, "failed"), self._key(_LEFT)
         deadline = time.monotonic() + timeout
         pause = _FIRST_PAUSE_SECONDS
         # Asking again and again, by one rank, lets a failure end the wait; `Store.wait` can only wait for all keys.
@@ -115,6 +138,8 @@ class StoreOperation:
                 word = self._get(failed)
                 self._store.drop(failed)
                 raise _error_from(word)
+            if self._store.has(left):
+                raise _error_from(self._get(left))
             if time.monotonic() > deadline:
                 silent = tuple(rank for rank, key in enumerate(keys) if not self._store.has(key))
                 raise self._timed_out(silent, point, timeout)
@@ -131,7 +156,7 @@ class StoreOperation:
     def hear(self, point: str, timeout: float, *, give_back: bool = False) -> bytes:
         """See `Operation`. ``give_back``: if rank 0 stays silent, this rank has not made the call either."""
         key = self._key(point, "all")
-        if not self._store.wait(key, timeout + _GRACE_SECONDS):
+        if not self._wait(key, timeout + _GRACE_SECONDS):
             if give_back:
                 self._store.drop(self._key(point, self.rank))
                 if _counters.get(self._store.origin) == self._number + 1:
@@ -144,6 +169,23 @@ class StoreOperation:
             self._store.drop(self._key(point, "failed"))  # said too late for rank 0 to see
             raise _error_from(word, announced=True)
         return word.payload
+
+    def _wait(self, key: str, seconds: float) -> bool:
+        """Wait until a key is there, or raise what a rank has left of; whether it is in time."""
+        if threading.current_thread() is not threading.main_thread():
+            return self._store.wait(key, seconds)
+        # An interrupt does not end the Store's own wait, nor does it hear of a rank that has left; asking again and
+        # again would be slow at first, and is a burden only for as long as nothing else goes on.
+        deadline = time.monotonic() + seconds
+        if self._store.wait(key, min(seconds, _PATIENT_SECONDS)):
+            return True
+        while not self._store.has(key):
+            if self._store.has(left := self._key(_LEFT)):
+                raise _error_from(self._get(left))
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_PAUSE_SECONDS)
+        return True
 
     def _catch_up(self, point: str) -> None:
         """Skip operations in which rank 0 gave this rank up: it has not made a call that the others made.
@@ -163,8 +205,8 @@ class StoreOperation:
             self._store.drop(key)
             self._store.drop(key + "/heard")
 
-    def _key(self, point: str, who: int | str) -> str:
-        return f"shardckpt/{self._number}/{point}/{who}"
+    def _key(self, *where: int | str) -> str:
+        return "/".join(["shardckpt", str(self._number), *map(str, where)])
 
     def _get(self, key: str) -> _Word:
         return msgspec.msgpack.decode(self._store.get(key), type=_Word)
@@ -213,4 +255,5 @@ def _error_from(word: _Word, *, announced: bool = False) -> ShardckptError:
     else:
         error = errors.RemoteError(f"{message} [{word.error}]")
     error.rank = word.rank
+    error.told_as = word.error
     return error

@@ -14,7 +14,7 @@ import msgspec
 
 from shardckpt import commit
 from shardckpt.background import Background, PendingSave
-from shardckpt.coordinator import Operation, turn
+from shardckpt.coordinator import Operation, taking_part, turn
 from shardckpt.errors import RemoteError, StorageError
 from shardckpt.options import Path, SaveOptions
 from shardckpt.saving.halves import write
@@ -117,29 +117,30 @@ class Series:
 
     def _begin(self, request: Request, operation: Operation, pool: StagingPool) -> PendingSave:
         rank = operation.rank
-        path, storage, flat, stepped, openings = self._open(request, operation)
-        source = self._last.job if self._last is not None and may_share(openings, self._structure) else None
-        descriptions = None if self._is_known(openings) else exchange(operation, flat)
-        if any(opening.may_alias for opening in openings) and source is None:
-            # Some ranks could have shared the last save's shards, but not all.
-            with turn(operation, "drain"):
-                self.queue.drain()
-        # Now: once there is a place for it the others count on this rank, and an interrupt would leave them waiting.
-        own = describe(flat, operation.world_size)
-        speaking = speaks(openings, rank)
-        previous = None
-        with turn(operation, "place") as placing:
-            # Here, where the ranks have just spoken: one to a host that has died meanwhile is tried for half an hour.
-            background = operation.in_background(self._background)
-            structure = self._plan(descriptions, openings, rank)
-            if rank == 0:
-                save_id = commit.new_save_id()
-                # What compression makes of it is known when it is done.
-                nbytes = structure.nbytes + sum(opening.own_nbytes for opening in openings)
-                needed = nbytes if source is None and request.options.codec is None else 0
-                previous = commit.open_place(storage, save_id, needed, shares=source.shards_of if source else None)
-                placing.word = save_id.encode()
-                placing.undo = lambda: commit.abandon(storage, save_id, [0])
+        with taking_part(operation):
+            path, storage, flat, stepped, openings = self._open(request, operation)
+            source = self._last.job if self._last is not None and may_share(openings, self._structure) else None
+            descriptions = None if self._is_known(openings) else exchange(operation, flat)
+            if any(opening.may_alias for opening in openings) and source is None:
+                # Some ranks could have shared the last save's shards, but not all.
+                with turn(operation, "drain"):
+                    self.queue.drain()
+            # Now: once there is a place for it the others count on this rank until its word comes.
+            own = describe(flat, operation.world_size)
+            speaking = speaks(openings, rank)
+            previous = None
+            with turn(operation, "place") as placing:
+                # Here, where the ranks have just spoken: to one that has died since it is tried for half an hour.
+                background = operation.in_background(self._background)
+                structure = self._plan(descriptions, openings, rank)
+                if rank == 0:
+                    save_id = commit.new_save_id()
+                    # What compression makes of it is known when it is done.
+                    nbytes = structure.nbytes + sum(opening.own_nbytes for opening in openings)
+                    needed = nbytes if source is None and request.options.codec is None else 0
+                    previous = commit.open_place(storage, save_id, needed, shares=source.shards_of if source else None)
+                    placing.word = save_id.encode()
+                    placing.undo = lambda: commit.abandon(storage, save_id, [0])
         with _owing(operation, placing.undo) as begun:
 
             def submit(job: Job) -> None:
