@@ -14,7 +14,7 @@ import resource
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -232,39 +232,65 @@ class Checkpoint:
         return None, failed
 
 
-def main(root: Path, cases: Sequence[int], seed: int) -> int:
-    make(root)
-    checkpoints = [Checkpoint(path) for path in sorted(root.iterdir())]
-    for checkpoint in checkpoints:
-        found, failed = checkpoint.problem()
-        assert found is None, found
-        assert not failed
-        assert shardckpt.verify(checkpoint.path).ok
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MARGIN,) * 2)
-    outcomes: Counter[bool] = Counter()
-    wrong = 0
-    for number in cases:
-        rng = random.Random(seed * 1_000_003 + number)
-        checkpoint, rot = checkpoints[number % len(checkpoints)], rng.choice(ROT)
-        # The commit record is the one file without a digest of its own, so it gets its share.
-        names = checkpoint.rots
-        name = "manifest.json" if "manifest.json" in names and rng.random() < 0.4 else rng.choice(names)
-        files = dict(checkpoint.files)
-        rot(files, name, rng)
-        checkpoint.write(files, checkpoint.files)
-        found, failed = checkpoint.problem()
-        checkpoint.write(checkpoint.files, files)
-        outcomes[failed] += 1
-        if found is not None:
-            wrong += 1
-            sys.stdout.write(f"case {number}: {rot.__name__} of {checkpoint.path.name}/{name}: {found}\n")
-    sys.stdout.write(f"{len(cases)} cases: {outcomes[True]} reported, {outcomes[False]} harmless, {wrong} wrong\n")
-    return wrong
+def sound(checkpoint: Checkpoint) -> None:
+    found, failed = checkpoint.problem()
+    assert found is None, found
+    assert not failed
+    assert shardckpt.verify(checkpoint.path).ok
 
 
-if __name__ == "__main__":
+def spoiled(checkpoint: Checkpoint, files: Files, rng: random.Random) -> str:
+    """Damage a file, or two; returns what was done to which."""
+    rot = rng.choice(ROT)
+    # The commit record is the one file without a digest of its own, so it gets its share.
+    names = checkpoint.rots
+    name = "manifest.json" if "manifest.json" in names and rng.random() < 0.4 else rng.choice(names)
+    rot(files, name, rng)
+    return f"{rot.__name__} of {checkpoint.path.name}/{name}"
+
+
+def judged(checkpoint: Checkpoint) -> tuple[str | None, Counter[str]]:
+    found, failed = checkpoint.problem()
+    return found, Counter(["reported" if failed else "harmless"])
+
+
+def main(
+    sound: Callable[[Checkpoint], None],
+    spoil: Callable[[Checkpoint, Files, random.Random], str],
+    judge: Callable[[Checkpoint], tuple[str | None, Counter[str]]],
+) -> int:
+    """Run the cases that the command line asks for; returns 1 if one went wrong.
+
+    ``sound`` looks at each checkpoint as it was made, ``spoil`` changes files of one and says what it did, and
+    ``judge`` tells what is wrong with the outcome, and how it counts.
+    """
     warnings.simplefilter("ignore")
     logging.disable()
     torch.set_num_threads(1)
-    sys.exit(min(1, main(Path(sys.argv[1]), range(int(sys.argv[2])), int(sys.argv[3]))))
+    root, cases, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    make(root)
+    checkpoints = [Checkpoint(path) for path in sorted(root.iterdir())]
+    for checkpoint in checkpoints:
+        sound(checkpoint)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MARGIN,) * 2)
+    outcomes: Counter[str] = Counter()
+    wrong = 0
+    for number in range(cases):
+        rng = random.Random(seed * 1_000_003 + number)
+        checkpoint = checkpoints[number % len(checkpoints)]
+        files = dict(checkpoint.files)
+        done = spoil(checkpoint, files, rng)
+        checkpoint.write(files, checkpoint.files)
+        found, counts = judge(checkpoint)
+        checkpoint.write(checkpoint.files, files)
+        outcomes += counts
+        if found is not None:
+            wrong += 1
+            sys.stdout.write(f"case {number}: {done}: {found}\n")
+    sys.stdout.write(f"{cases} cases: {dict(outcomes)}, {wrong} wrong\n")
+    return min(1, wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sound, spoiled, judged))

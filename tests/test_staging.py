@@ -22,6 +22,7 @@ from shardckpt.errors import UsageError
 from shardckpt.staging import (
     Block,
     Budget,
+    Early,
     Source,
     StagingPool,
     blocks_of,
@@ -44,7 +45,13 @@ def pool() -> Iterator[StagingPool]:
 
 
 def staged(
-    sources: list[Source], pool: StagingPool, *, limit: int | None = None, offset: int = 0, threads: int = 1
+    sources: list[Source],
+    pool: StagingPool,
+    *,
+    limit: int | None = None,
+    offset: int = 0,
+    threads: int = 1,
+    early: Early | None = None,
 ) -> torch.Tensor:
     """The stream that staging makes of `sources`; blocks are released as they come."""
     parts: list[torch.Tensor] = []
@@ -53,7 +60,7 @@ def staged(
         parts.append(block.tensor[0 if parts else offset : block.filled].clone())
         block.release()
 
-    stage(sources, pool, limit=limit, first_block_offset=offset, emit=emit, threads=threads)
+    stage(sources, pool, limit=limit, first_block_offset=offset, emit=emit, threads=threads, early=early)
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
 
@@ -597,14 +604,7 @@ def test_what_is_placed_early_is_where_staging_puts_it(pool: StagingPool, offset
             each._replace(tensor=torch.zeros_like(each.tensor)) if number in chosen else each
             for number, each in enumerate(sources)
         ]
-        parts: list[torch.Tensor] = []
-
-        def emit(block: Block, parts: list[torch.Tensor] = parts) -> None:
-            parts.append(block.tensor[0 if parts else offset : block.filled].clone())
-            block.release()
-
-        stage(late, pool, limit=None, first_block_offset=offset, emit=emit, threads=threads, early=early)
-        assert torch.equal(torch.cat(parts), expected)
+        assert torch.equal(staged(late, pool, offset=offset, threads=threads, early=early), expected)
         assert not early.blocks
     assert pool.nbytes <= BLOCK * -(-(offset + sum(sizes)) // BLOCK)
 

@@ -37,26 +37,13 @@ def in_step(path: str) -> None:
     dist.barrier()
 
 
-def save_and_load(rank: int, path: str) -> tuple[str, str]:
-    """Rank 0 saves while rank 1 loads."""
+def save_and_load(rank: int, path: str, saver: int) -> tuple[str, str]:
+    """One rank saves, again, while the other loads."""
     engine = Checkpointer(timeout=LONG)
     state = {"t": torch.zeros(3)}
     engine.save(state, path)
     try:
-        engine.save(state, path) if rank == 0 else engine.load(path, state)
-    except shardckpt.ShardckptError as error:
-        found = told(error)
-    in_step(path)
-    return found
-
-
-def twice(rank: int, path: str) -> tuple[str, str]:
-    """Rank 1 saves twice, and meets the load that rank 0 makes next."""
-    engine = Checkpointer(timeout=LONG)
-    state = {"t": torch.zeros(3)}
-    engine.save(state, path)
-    try:
-        engine.save(state, path) if rank == 1 else engine.load(path, state)
+        engine.save(state, path) if rank == saver else engine.load(path, state)
     except shardckpt.ShardckptError as error:
         found = told(error)
     in_step(path)
