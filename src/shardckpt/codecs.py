@@ -78,6 +78,16 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.
 """The name by dtype. What isn't here (quantized, sub-byte) can't be stored as raw bytes."""
 
 
+def itemsize_of(name: str) -> int:
+    """Bytes of an element of the dtype called `name` in a manifest, whether this torch has it or not.
+
+    :raises UnsupportedFormatError: the name is none that this version knows.
+    """
+    if name not in ITEMSIZE:
+        torch_dtype(name)  # says what is to be done
+    return ITEMSIZE[name]
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype called `name` in a manifest.
 

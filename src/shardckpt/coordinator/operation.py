@@ -25,7 +25,7 @@ class Operation(Protocol):
     def fail(self, point: str, error: Exception) -> None:
         """Tell the others that this rank is leaving, and wait for nobody."""
 
-    def leave(self, error: BaseException) -> None:
+    def leave(self, error: Exception) -> None:
         """Tell the others, at whatever point they are, that this rank goes no further; waits for nobody."""
 
     def post(self, point: str, word: bytes | Exception) -> None:
@@ -67,7 +67,7 @@ def turn(operation: Operation, point: str, timeout: float | None = None) -> Iter
         operation.agree(point, error, timeout)
         raise
     except BaseException as error:
-        operation.fail(point, RemoteError(f"interrupted by {type(error).__name__}"))
+        operation.fail(point, told(error))
         raise
     try:
         own.heard = operation.agree(point, own.word, timeout)
@@ -83,8 +83,13 @@ def taking_part(operation: Operation) -> Iterator[None]:
         yield
     except BaseException as error:
         if operation.verdict is None:
-            operation.leave(error)
+            operation.leave(told(error))
         raise
+
+
+def told(error: BaseException) -> Exception:
+    """What the others hear of what ended this rank's part: an interruption is one for this process alone."""
+    return error if isinstance(error, Exception) else RemoteError(f"interrupted by {type(error).__name__}")
 
 
 class SoloOperation:
@@ -111,7 +116,7 @@ class SoloOperation:
     def fail(self, point: str, error: Exception) -> None:  # noqa: ARG002 - the signature is Operation's
         return
 
-    def leave(self, error: BaseException) -> None:  # noqa: ARG002 - the signature is Operation's
+    def leave(self, error: Exception) -> None:  # noqa: ARG002 - the signature is Operation's
         return
 
     def post(self, point: str, word: bytes | Exception) -> None:

@@ -111,9 +111,7 @@ class StoreOperation:
     def _meeting(self, point: str) -> str:
         return point if self._joined else _FIRST
 
-    def leave(self, error: BaseException) -> None:
-        if not isinstance(error, Exception):
-            error = errors.RemoteError(f"interrupted by {type(error).__name__}")
+    def leave(self, error: Exception) -> None:
         self._store.set(self._key(_LEFT), self._encoded(error))
 
     def post(self, point: str, word: bytes | Exception) -> None:

@@ -10,11 +10,11 @@ import torch
 from shardckpt.box import Box, contiguous_span, relative_to
 from shardckpt.codecs import (
     DIGEST_BLOCK,
-    ITEMSIZE,
     ZSTD,
     decompress_frame,
     digest,
     digests_text,
+    itemsize_of,
     parse_digests,
     torch_dtype,
 )
@@ -71,9 +71,7 @@ class Piece:
         """What of it is wanted: for which target, by its number, and which box of the whole tensor."""
         self.placements: list[Placement] = []
         """The copies that bring it there, after `bind`."""
-        if tensor.dtype not in ITEMSIZE:
-            torch_dtype(tensor.dtype)  # says what is to be done
-        self._itemsize = ITEMSIZE[tensor.dtype]
+        self._itemsize = itemsize_of(tensor.dtype)
         self.compressed = False
         self._digests = ""
         self._name = ""

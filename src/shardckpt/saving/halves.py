@@ -105,10 +105,10 @@ class _Staging:
         self._memory = memory
         self._threads = min(COPIERS, cores_per_rank(world_size))
         nbytes = writer.first_block_offset + sum(source.nbytes for source in sources)
-        self._needed = bytes_to_hold(nbytes, None)
+        needed = bytes_to_hold(nbytes, None)
         self._held = bytes_to_hold(nbytes, memory)
-        lacking = self._needed - pool.nbytes
-        self.needs_blocks_back = self._held < self._needed or lacking > max(self._needed // _COLD, BLOCK)
+        lacking = needed - pool.nbytes
+        self.needs_blocks_back = self._held < needed or lacking > max(needed // _COLD, BLOCK)
         """Whether writing has to go on beside staging, so that blocks come back; see `write`."""
 
     def begin(self, stepped: Stepped | None, pending: PendingSave) -> Overlap | None:

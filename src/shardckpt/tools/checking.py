@@ -11,11 +11,12 @@ import xxhash
 from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StorageError
 from shardckpt.filenames import MANIFEST
 from shardckpt.garbage import held_off
-from shardckpt.manifest import RankManifest
+from shardckpt.manifest import RankManifest, ShardEntry
 from shardckpt.reader import ReadPlan
 from shardckpt.reader.fetch import Extent, Range, Run, ranges
 from shardckpt.reader.parts import in_parts, most
 from shardckpt.reader.shards import Piece, ShardFile, listed
+from shardckpt.reader.targets import READ_MEMORY
 from shardckpt.reports import Fault
 from shardckpt.staging import Budget, StagingPool
 from shardckpt.storage import BLOCK, Read
@@ -24,8 +25,6 @@ from shardckpt.workers import for_each
 
 _FILES: Final = 32
 """Files that are looked into at the same time: what is known of their entries is in memory meanwhile."""
-_MEMORY: Final = 256 << 20
-"""Bytes of buffers."""
 
 Extents = list[Extent[Piece]]
 
@@ -37,7 +36,7 @@ class Checking:
         """``progress`` hears of bytes read, of ``total``. The plan is to have all pieces that are to be checked."""
         self._plan = plan
         self._storage = plan.storage
-        self._budget = Budget(pool, _MEMORY)
+        self._budget = Budget(pool, READ_MEMORY)
         self._progress = progress
         self._total = total
         self._lock = threading.Lock()
@@ -111,7 +110,8 @@ class Checking:
                 self.note(Fault(f"cannot be used: {error}", entry.manifest))
             return None, []
         self.count(entry.manifest_size)
-        extents = self._extents(file, word, entry.manifest)
+        entries = listed(word)
+        extents = self._extents(file, entries, entry.manifest)
         if end is None:
             return word, []
         if whole:
@@ -120,7 +120,7 @@ class Checking:
                     Fault("has a damaged header", entry.name, None, None, 0, word.header_nbytes), word.header_digest
                 )
             self._check_ends(entry.name, word)
-            for fqn, offset in listed(word).keys() - {(piece.fqn, piece.offset) for piece in file.pieces}:
+            for fqn, offset in entries.keys() - {(piece.fqn, piece.offset) for piece in file.pieces}:
                 self.note(Fault(f"is in no {MANIFEST}", entry.name, fqn, None, offset))
         return word, [cut for extent in extents if (cut := self._cut(extent, entry.name, end)) is not None]
 
@@ -140,8 +140,8 @@ class Checking:
         return size
 
     @held_off()
-    def _extents(self, file: ShardFile, word: RankManifest, name: str) -> Extents:
-        entries, found = listed(word), []
+    def _extents(self, file: ShardFile, entries: Mapping[tuple[str, int], ShardEntry], name: str) -> Extents:
+        found = []
         for piece in file.pieces:
             try:
                 found.append(file.extent(piece, entries))

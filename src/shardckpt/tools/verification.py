@@ -6,7 +6,7 @@ from typing import Any
 
 from shardckpt import commit
 from shardckpt.box import full_box
-from shardckpt.codecs import ITEMSIZE, torch_dtype
+from shardckpt.codecs import itemsize_of
 from shardckpt.errors import CorruptCheckpointError, TensorNotFoundError, UsageError
 from shardckpt.filenames import MANIFEST, objects_name, save_id_of
 from shardckpt.manifest import Manifest, ObjectEntry, RankWord
@@ -76,8 +76,7 @@ class _Verification:
         for name in self._names:
             try:
                 entry = manifest.tensors[name]
-                if entry.dtype not in ITEMSIZE:
-                    torch_dtype(entry.dtype)  # says what is to be done
+                itemsize_of(entry.dtype)  # of a tensor without elements the plan doesn't ask
                 self._plan.add([Wanted(name, full_box(entry.shape))])
             except CorruptCheckpointError as error:
                 checking.note(Fault(f"cannot be used: {error}", MANIFEST, name))
