@@ -17,8 +17,9 @@ from torch.optim import optimizer as torch_optimizer
 import shardckpt
 from gates import SECONDS, Gate, beside, gate, same
 from shardckpt import Checkpointer, SaveFailedError, UsageError, checkpointer
+from shardckpt.box import Box
 from shardckpt.saving import overlap
-from shardckpt.staging import blocks_for
+from shardckpt.staging import Source, StagingPool, blocks_for
 from shardckpt.state import Stepped
 from shardckpt.storage import BLOCK
 from storage.wrappers import FaultyStorage
@@ -426,6 +427,25 @@ def test_what_is_copied_at_the_call_takes_no_memory_beside(tmp_path: Path, limit
     loaded = shardckpt.load(tmp_path / "ck")
     assert torch.equal(loaded["average"], torch.arange(10.0 * (1 << 20)).flip(0))
     assert torch.equal(loaded["weight"], weight)
+
+
+def test_small_tensors_all_over_the_state_touch_no_memory_at_the_call() -> None:
+    """The first call of a process does not wait for memory of which its counters would fill a few bytes a block."""
+    layers = [layer for _ in range(4) for layer in (nn.Linear(1024, 2 * BLOCK >> 12), nn.BatchNorm1d(2 * BLOCK >> 12))]
+    net = nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sources = [
+        Source(name, name, "F32", Box((0,) * value.ndim, tuple(value.shape)), value, value.nbytes)
+        for name, value in net.state_dict().items()
+    ]
+    pool = StagingPool()
+    begun = overlap.begin_overlap(sources, Stepped([optimizer]), pool, None, first_block_offset=0, threads=1)
+    assert begun is not None
+    assert pool.nbytes == 0
+    for before, after in zip(sources, begun.sources, strict=True):
+        copied = before.fqn.rsplit(".", 1)[1] in ("running_mean", "running_var", "num_batches_tracked")
+        assert copied == (before.tensor.data_ptr() != after.tensor.data_ptr())
+        assert torch.equal(before.tensor, after.tensor)
 
 
 def test_a_limit_that_just_holds_the_shard_stops_no_step(tmp_path: Path) -> None:
