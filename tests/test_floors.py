@@ -34,7 +34,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "safety",
         }
     ),
-    frozenset({"state", "planner", "coordinator"}),
+    frozenset({"state", "planner", "coordinator", "dcp_directory"}),
     frozenset({"staging"}),
     frozenset({"writer", "reader"}),
     frozenset({"commit"}),

@@ -11,8 +11,9 @@ import toy
 
 import ranks
 from multirank import foreign_cases
+from shardckpt import dcp_directory
 from shardckpt.errors import CorruptCheckpointError, StateMismatchError, UnsafeLoadError, UsageError
-from shardckpt.lightning import ShardedCheckpointIO, dcp_directory, ordinary, sharded
+from shardckpt.lightning import ShardedCheckpointIO, ordinary, sharded
 
 
 @pytest.fixture(scope="module")

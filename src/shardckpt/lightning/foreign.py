@@ -15,9 +15,9 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.optim import Optimizer
 
 from shardckpt.box import slices
+from shardckpt.dcp_directory import Directory, Stored
 from shardckpt.errors import LoadFailedError, StateMismatchError
 from shardckpt.lightning import agreement
-from shardckpt.lightning.dcp_directory import Directory, Stored
 from shardckpt.lightning.restore import VERSION, Part
 from shardckpt.lightning.snapshot import MODEL, OPTIMIZERS
 from shardckpt.state import ModuleState, OptimizerState

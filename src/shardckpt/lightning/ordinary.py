@@ -15,10 +15,11 @@ import fsspec
 import torch
 from fsspec.core import url_to_fs
 
+from shardckpt import dcp_directory
 from shardckpt.background import PendingSave
 from shardckpt.commit import checkpoint_path, is_checkpoint
 from shardckpt.filenames import is_checkpoint_file
-from shardckpt.lightning import dcp_directory, flavours, foreign
+from shardckpt.lightning import flavours, foreign
 from shardckpt.storage import local_path, open_storage
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Directories that Lightning's FSDP and ModelParallel strategies wrote: DCP files, and the rest in ``meta.pt``.
+"""Directories that DCP wrote, by itself or for Lightning's FSDP and ModelParallel strategies, which add ``meta.pt``.
 
 ``torch.distributed.checkpoint`` reads each tensor straight into the live one, whole or this rank's part, so no copy of
 the whole state is ever made. By itself it unpickles what it finds without asking; here nothing is unpickled that is not
@@ -9,7 +9,7 @@ import io
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -95,12 +95,17 @@ class Directory:
         entry = self._metadata.state_dict_metadata[key]
         return Stored(tuple(entry.size), entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
 
-    def value(self, *prefix: Any) -> Any:
-        """The value at a place, made anew on this process; None where there is none."""
+    def value(self, *prefix: Any, empty: Callable[[Iterable[int], torch.dtype], Tensor] | None = None) -> Any:
+        """The value at a place, made anew on this process; None where there is none.
+
+        ``empty`` makes its tensors, of a shape and a dtype; by default they are in memory.
+        """
         keys = self.under(*prefix)
         entries = {key: self.tensor(key) for key in keys.values()}
         tensors = {
-            key: torch.empty(entry.shape, dtype=entry.dtype) for key, entry in entries.items() if entry is not None
+            key: torch.empty(entry.shape, dtype=entry.dtype) if empty is None else empty(entry.shape, entry.dtype)
+            for key, entry in entries.items()
+            if entry is not None
         }
         others = self.read(tensors, [key for key, entry in entries.items() if entry is None])
         root: dict[str, Any] = {}
