@@ -54,9 +54,10 @@ def run_python(page: str, names: dict[str, object], **instead: str) -> None:
         exec(compile(block, f"{page}: {block.splitlines()[0]}", "exec"), names)
 
 
-@pytest.mark.parametrize("page", ("async.md", "manager.md", "partial.md"))
-def test_the_examples_of_a_page_run(page, tmp_path):
+@pytest.mark.parametrize("page", ("async.md", "converting.md", "manager.md", "partial.md"))
+def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     """A reader may paste the blocks of a page one after the other; ``path`` is theirs to choose."""
+    monkeypatch.chdir(tmp_path)
     run_python(page, {"path": str(tmp_path / "ck"), "__name__": page})
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader as dcp
 from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from shardckpt.errors import CorruptCheckpointError, LoadFailedError, UnsafeLoadError
+from shardckpt.errors import CorruptCheckpointError, LoadFailedError, UnsafeLoadError, first_line
 from shardckpt.relocation import relocation
 
 META: Final = "meta.pt"
@@ -45,6 +46,17 @@ _METADATA_CLASSES: Final = {
     "pathlib._local": {"PosixPath"},
 }
 """What DCP's metadata is made of, besides plain values and dtypes."""
+
+
+FAILURES: Final = (Exception, CheckpointException)
+"""What DCP raises; it wraps what it meets into an exception that is none of Python's ``Exception``."""
+
+
+def met_by(error: BaseException) -> BaseException:
+    """What DCP has wrapped, or the error itself."""
+    if isinstance(error, CheckpointException):
+        return next((met for met, _ in error.failures.values()), error)
+    return error
 
 
 def is_directory(path: str) -> bool:
@@ -125,8 +137,8 @@ class Directory:
                     planner=planner,
                     no_dist=True,
                 )
-            except Exception as error:  # DCP wraps whatever it meets into an exception of its own
-                raise LoadFailedError(f"{self.path} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+            except FAILURES as error:
+                raise LoadFailedError(f"{self.path} cannot be read: {first_line(met_by(error))}") from error
         return {key: self._unpickled(raw, key, None) for key, raw in planner.raw.items()}
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -190,7 +202,7 @@ class _Reader(FileSystemReader):
         super().__init__(path)
         self._found = metadata
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - as its base, which reads
         return self._found
 
 

@@ -119,17 +119,20 @@ class OpenCheckpoint:
         key_map: KeyMap | None = None,
         map_location: MapLocation = None,
         weights_only: bool | None = None,
+        maker: Maker | None = None,
+        stats: ReadStats | None = None,
     ) -> Any:
         """The value at a place of the state, made anew on this process alone.
 
-        A module becomes a dict of its tensors, an optimizer torch's index-keyed state dict. Raises TensorNotFoundError,
-        a KeyError, where the state has no such place.
+        ``maker`` is to make it, in place of one that makes all of it in memory; ``stats`` hears of what is read. A
+        module becomes a dict of its tensors, an optimizer torch's index-keyed state dict. Raises TensorNotFoundError, a
+        KeyError, where the state has no such place.
         """
-        maker = self._maker(map_location)
+        maker = self._maker(map_location) if maker is None else maker
         value = maker.new(self._part(prefix, key_map, None, strict=True), prefix_name(prefix))
         self._check_words(Here(0, 1))
         self._read_objects(maker, map_location, weights_only)
-        self._fill_new(maker)
+        self._fill_new(maker, stats)
         return value()
 
     def restore(
@@ -285,10 +288,10 @@ class OpenCheckpoint:
     def _maker(self, map_location: MapLocation) -> Maker:
         return Maker(self.manifest, relocation(map_location))
 
-    def _fill_new(self, maker: Maker) -> ReadStats:
+    def _fill_new(self, maker: Maker, stats: ReadStats | None = None) -> ReadStats:
         """Fill new tensors only, which are whole."""
         whole = [Wanted(fresh.fqn, full_box(fresh.entry.shape)) for fresh in maker.fresh]
-        reading = self._prepare(maker, [wanted for wanted in whole if wanted.box.volume])
+        reading = self._prepare(maker, [wanted for wanted in whole if wanted.box.volume], stats=stats)
         reading.alone()
         stats = reading.stats
         del reading  # it holds what was read, of which `settle` may make copies elsewhere

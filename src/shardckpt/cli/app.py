@@ -8,10 +8,20 @@ from typer.core import TyperGroup
 
 from shardckpt import tools
 from shardckpt.cli import views
-from shardckpt.cli.arguments import CHECKPOINT, EXCLUDE, INCLUDE, JSON, STORAGE_OPTIONS, storage_options
+from shardckpt.cli.arguments import (
+    CHECKPOINT,
+    EXCLUDE,
+    INCLUDE,
+    JSON,
+    STORAGE_OPTIONS,
+    TARGET_STORAGE_OPTIONS,
+    renames,
+    storage_options,
+)
 from shardckpt.cli.codes import ExitCode, code_of
 from shardckpt.cli.screen import complain, meter, show_json
 from shardckpt.errors import ShardckptError
+from shardckpt.tools.conversion import FORMATS, SHARD
 
 
 class Commands(TyperGroup):
@@ -31,7 +41,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Look at sharded checkpoints, compare them, copy them and tidy up.",
+    help="Look at sharded checkpoints, compare, copy and convert them, and tidy up.",
     epilog="Exit codes: 0 fine, 1 different (diff), 2 usage, 3 no checkpoint, 4 damaged, 5 newer format, 6 storage,"
     " 7 other failure, 141 output closed.",
 )
@@ -164,10 +174,7 @@ def cp(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Its new path; with / at the end, where to put it.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at TARGET.")] = False,
     storage_option: STORAGE_OPTIONS = None,
-    target_storage_option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Those of TARGET, where it has others.", show_default=False),
-    ] = None,
+    target_storage_option: TARGET_STORAGE_OPTIONS = None,
     json: JSON = False,
 ) -> None:
     """Copy a checkpoint, from and to any storage. Every byte is verified; at TARGET it appears whole, or not at all."""
@@ -184,6 +191,61 @@ def cp(
         show_json(report)
     else:
         views.copied(report)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint of any of the formats.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="What to make of it; its name may tell the format.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="|".join(FORMATS), help="The format of TARGET.", show_default=False)
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="The place that is taken for the whole.", show_default=False)] = "",
+    include: INCLUDE = None,
+    exclude: EXCLUDE = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=TEXT", help="In names of tensors, REGEX becomes TEXT; may be repeated.", show_default=False
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="What floating-point tensors become: bfloat16, float16, ...", show_default=False),
+    ] = None,
+    weights_only: Annotated[
+        bool, typer.Option(help="Unpickle nothing. --no-weights-only runs code that the source may hold.")
+    ] = True,
+    max_shard_size: Annotated[
+        int, typer.Option(metavar="BYTES", min=1, help="Of one file in a directory of safetensors.")
+    ] = SHARD,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at TARGET.")] = False,
+    storage_option: STORAGE_OPTIONS = None,
+    target_storage_option: TARGET_STORAGE_OPTIONS = None,
+    json: JSON = False,
+) -> None:
+    """Bring a checkpoint into another format, or a part of it: of shardckpt, torch.save, DCP and safetensors."""
+    with meter("converting") as progress:
+        report = tools.convert(
+            source,
+            target,
+            to=to,
+            prefix=prefix,
+            include=include,
+            exclude=exclude,
+            rename=renames(rename),
+            dtype=dtype,
+            weights_only=weights_only,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            storage_options=storage_options(storage_option),
+            target_storage_options=storage_options(target_storage_option) if target_storage_option else None,
+            progress=progress,
+        )
+    if json:
+        show_json(report)
+    else:
+        views.converted(report)
 
 
 @app.command()

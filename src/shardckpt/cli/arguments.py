@@ -18,6 +18,15 @@ STORAGE_OPTIONS = Annotated[
         show_default=False,
     ),
 ]
+TARGET_STORAGE_OPTIONS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target-storage-option",
+        metavar="KEY=VALUE",
+        help="Those of TARGET, where it has others.",
+        show_default=False,
+    ),
+]
 INCLUDE = Annotated[
     list[str] | None,
     typer.Option("--include", metavar="PATTERN", help="Only names like this; may be repeated.", show_default=False),
@@ -52,4 +61,18 @@ def storage_options(given: Sequence[str] | None) -> dict[str, Any]:
             if not isinstance(place, dict):
                 raise typer.BadParameter(f"{name} lies within {key}, which is no dict", param_hint="--storage-option")
         place[last] = value
+    return found
+
+
+def renames(given: Sequence[str] | None) -> dict[str, str]:
+    """``REGEX=TEXT`` as regular expressions and what replaces them, in order; the last ``=`` divides.
+
+    Raises typer.BadParameter.
+    """
+    found = {}
+    for item in given or ():
+        pattern, equals, text = item.rpartition("=")
+        if not equals or not pattern:
+            raise typer.BadParameter("a rename is REGEX=TEXT", param_hint="--rename")
+        found[pattern] = text
     return found

@@ -9,6 +9,7 @@ from shardckpt.cli.screen import ago, number, printable, row, shorten, show, tab
 from shardckpt.reports import VerifyReport, size_text
 from shardckpt.tools import (
     Comparison,
+    ConvertReport,
     CopyReport,
     Inspection,
     Listed,
@@ -22,6 +23,8 @@ from shardckpt.tools.inspection import TensorInfo
 
 _VALUE_WIDTH = 48
 """Characters of a plain value that a tree shows."""
+_NAMED = 8
+"""Places that a sentence names."""
 _STYLES = {"complete": "green", "saving": "yellow"}
 
 
@@ -151,6 +154,15 @@ def copied(report: CopyReport) -> None:
         show(f"copied {report.source} to {report.target}: {size_text(report.nbytes)}, every byte verified")
     else:
         show(f"{report.target} holds this save already: nothing was copied")
+
+
+def converted(report: ConvertReport) -> None:
+    sizes = f"{report.tensors} tensor(s), {size_text(report.nbytes)}"
+    show(f"converted {report.source} ({report.source_format}) to {report.target} ({report.target_format}): {sizes}")
+    if report.left_out:
+        named = ", ".join(report.left_out[:_NAMED])
+        more = f" and {len(report.left_out) - _NAMED} more" if len(report.left_out) > _NAMED else ""
+        show(f"left out, since {report.target_format} has no room for it: {named}{more}")
 
 
 def pruned(found: Pruned, *, dry_run: bool) -> None:

@@ -45,12 +45,16 @@ class ReadStats:
     """Bytes that came from other ranks, which read them."""
     placing: bool = False
     """Whether targets may have been changed. Set just before the first byte of one is."""
+    heard: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
+    """Told of each number of bytes that was read, one thread at a time."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def count(self, nbytes: int) -> None:
         """Add bytes that were read, from any thread."""
         with self._lock:
             self.bytes_read += nbytes
+            if self.heard is not None:
+                self.heard(nbytes)
 
 
 class Reading:

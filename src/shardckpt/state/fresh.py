@@ -17,6 +17,7 @@ from shardckpt.state.skeleton import as_torch_format, module_entries
 
 Json = Any
 Thunk = Callable[[], Any]
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 @dataclass(slots=True)
@@ -53,12 +54,16 @@ class Maker:
     thunks run; ``restored`` the names of all tensors that will be read.
     """
 
-    def __init__(self, manifest: Manifest, relocate: Callable[[Tensor, str], Tensor]) -> None:
+    def __init__(
+        self, manifest: Manifest, relocate: Callable[[Tensor, str], Tensor], empty: Empty | None = None
+    ) -> None:
+        """``empty`` makes new tensors, of a shape and a dtype; by default they are in the host's memory."""
         self.manifest = manifest
         self.fresh: list[Fresh] = []
         self.objects: dict[str, Any] = {}
         self.restored: list[str] = []
         self.relocate = relocate
+        self._empty = _in_memory if empty is None else empty
         self._made: dict[Hashable, Fresh] = {}
 
     def all_fresh(self) -> list[Fresh]:
@@ -145,7 +150,7 @@ class Maker:
             return self._add(
                 name,
                 None,
-                lambda: torch.empty(tuple(entry.shape), dtype=dtype, device="cpu"),
+                lambda: self._empty(tuple(entry.shape), dtype),
                 lambda tensor: self.relocate(tensor, entry.location),
             )
         return self._add(
@@ -158,7 +163,7 @@ class Maker:
     def _new_array(self, name: str) -> Thunk:
         # To torch.load an array is a value like any other, that no map_location moves.
         shape, dtype = tuple(self.entry(name).shape), self._dtype(name)
-        fresh = self._add(name, "array", lambda: torch.empty(shape, dtype=dtype, device="cpu"), lambda tensor: tensor)
+        fresh = self._add(name, "array", lambda: self._empty(shape, dtype), lambda tensor: tensor)
         return lambda: fresh.value().numpy()
 
     def _dtype(self, name: str) -> torch.dtype:
@@ -178,6 +183,10 @@ class Maker:
             self.fresh.append(fresh)
             self.restored.append(fqn)
         return self._made[fqn, where]
+
+
+def _in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _state_dict(versions: Mapping[str, int], keys: Iterable[str]) -> dict[str, Any]:

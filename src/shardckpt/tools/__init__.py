@@ -1,9 +1,11 @@
-"""What the command line does, for Python too: look at checkpoints, compare, copy and tidy them up, by one process.
+"""What the command line does, for Python too: look at checkpoints, compare, copy, convert and tidy them up.
 
-Nothing here unpickles anything, and what goes through tensors does so in bounded memory.
+By one process, and nothing here unpickles anything unless it is told to. What goes through tensors does so in bounded
+memory.
 """
 
 from shardckpt.tools.comparison import Comparison, TensorDifference, diff
+from shardckpt.tools.conversion import ConvertReport, convert
 from shardckpt.tools.copying import CopyReport, copy
 from shardckpt.tools.inspection import Inspection, inspect
 from shardckpt.tools.listing import Listed, age, ls
@@ -14,6 +16,7 @@ from shardckpt.tools.verification import verify
 
 __all__ = [
     "Comparison",
+    "ConvertReport",
     "CopyReport",
     "Inspection",
     "Listed",
@@ -22,6 +25,7 @@ __all__ = [
     "TensorDifference",
     "TensorStats",
     "age",
+    "convert",
     "copy",
     "diff",
     "inspect",
