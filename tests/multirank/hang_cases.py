@@ -162,3 +162,24 @@ def manager_of_one(rank: int, path: str) -> list[int]:
     with CheckpointManager(path, checkpointer=Checkpointer(alone=True, timeout=LONG), timeout=LONG) as manager:
         manager.save(1, {"t": torch.ones(3)})
         return manager.steps()
+
+
+def interrupted_before_its_job(rank: int, path: str) -> tuple[str, str]:
+    """Ctrl-C on rank 0 between the last agreement and its job, while rank 1 writes already."""
+    engine = Checkpointer(timeout=LONG, commit_timeout=LONG)
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with impatient():
+        try:
+            if rank == 0:
+                with mock.patch.object(series, "write", interrupt):
+                    engine.save({"t": torch.ones(3)}, path)
+            else:
+                engine.save({"t": torch.ones(3)}, path)
+        except BaseException as error:  # noqa: BLE001 - it is what the test asks for
+            found = told(error)
+        dist.barrier()
+    in_step(path)
+    return found

@@ -48,3 +48,11 @@ def test_ranks_that_fail_differently_go_one_way(tmp_path):
 def test_a_manager_of_one_rank_asks_no_other(tmp_path):
     """What `Checkpointer(alone=True)` saves is that rank's, and so is its manager."""
     assert ranks.world(2).run(hang_cases.manager_of_one, str(tmp_path)) == [[], [1]]
+
+
+def test_the_background_hears_that_a_rank_has_left(tmp_path):
+    """A rank that writes while rank 0 leaves learns it then, and not after half an hour."""
+    found = ranks.world(2).run(hang_cases.interrupted_before_its_job, str(tmp_path / "ck"))
+    assert found[0][0] == "KeyboardInterrupt"
+    assert found[1][0] == "SaveFailedError"
+    assert "rank 0: interrupted by KeyboardInterrupt" in found[1][1]

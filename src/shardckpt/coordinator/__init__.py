@@ -9,6 +9,6 @@ Each call carries its name, so a rank that makes another one is told what the ot
 """
 
 from shardckpt.coordinator.beginning import begin, begin_alone, rank_and_world_size
-from shardckpt.coordinator.operation import Operation, Turn, taking_part, turn
+from shardckpt.coordinator.operation import Operation, Turn, taking_part, told, turn
 
-__all__ = ["Operation", "Turn", "begin", "begin_alone", "rank_and_world_size", "taking_part", "turn"]
+__all__ = ["Operation", "Turn", "begin", "begin_alone", "rank_and_world_size", "taking_part", "told", "turn"]

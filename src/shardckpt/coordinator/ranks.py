@@ -170,19 +170,22 @@ class StoreOperation:
 
     def _wait(self, key: str, seconds: float) -> bool:
         """Wait until a key is there, or raise what a rank has left of; whether it is in time."""
-        if threading.current_thread() is not threading.main_thread():
-            return self._store.wait(key, seconds)
         # An interrupt does not end the Store's own wait, nor does it hear of a rank that has left; asking again and
-        # again would be slow at first, and is a burden only for as long as nothing else goes on.
+        # again would be slow at first, and is a burden where training goes on meanwhile.
         deadline = time.monotonic() + seconds
+        is_background = threading.current_thread() is not threading.main_thread()
         if self._store.wait(key, min(seconds, _PATIENT_SECONDS)):
             return True
         while not self._store.has(key):
             if self._store.has(left := self._key(_LEFT)):
                 raise _error_from(self._get(left))
-            if time.monotonic() > deadline:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 return False
-            time.sleep(_PAUSE_SECONDS)
+            if is_background:
+                self._store.wait(key, min(remaining, _PATIENT_SECONDS))
+            else:
+                time.sleep(min(remaining, _PAUSE_SECONDS))
         return True
 
     def _catch_up(self, point: str) -> None:

@@ -64,11 +64,6 @@ def failure(path: str, error: BaseException, *, unheard: bool = False) -> SaveFa
     return failed
 
 
-def told(error: BaseException) -> Exception:
-    """What other ranks hear of an error: an interruption is one for this process alone."""
-    return error if isinstance(error, Exception) else SaveFailedError(f"it was interrupted by {type(error).__name__}")
-
-
 def _let_go(error: BaseException | None) -> None:
     """Have an error keep nothing of what it came from: the frames of its traceback have the tensors, and the writer."""
     seen: set[int] = set()

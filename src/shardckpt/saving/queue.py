@@ -4,8 +4,9 @@ import logging
 
 from shardckpt import commit
 from shardckpt.background import Background, NotTakenError, PendingSave
+from shardckpt.coordinator import told
 from shardckpt.errors import ShardckptError
-from shardckpt.saving.jobs import Job, told
+from shardckpt.saving.jobs import Job
 from shardckpt.saving.overlap import wait_for_copies
 from shardckpt.storage import Storage
 

@@ -14,8 +14,8 @@ import msgspec
 
 from shardckpt import commit
 from shardckpt.background import Background, PendingSave
-from shardckpt.coordinator import Operation, taking_part, turn
-from shardckpt.errors import RemoteError, StorageError
+from shardckpt.coordinator import Operation, taking_part, told, turn
+from shardckpt.errors import StorageError
 from shardckpt.options import Path, SaveOptions
 from shardckpt.saving.halves import write
 from shardckpt.saving.jobs import AliasJob, Job, Order, failure
@@ -221,14 +221,14 @@ class Series:
 def _owing(operation: Operation, undo: Callable[[], None]) -> Iterator[list[Job]]:
     """Encloses what this rank does while the others wait for its word, which a job says once there is one.
 
-    Before, it is said here: an interrupt would leave them waiting. ``undo`` takes back what this rank has done.
+    Before, an interrupt would leave them waiting. ``undo`` takes back what this rank has done.
     """
     begun: list[Job] = []
     try:
         yield begun
     except BaseException as error:
         if not begun:
-            operation.fail("written", RemoteError(f"interrupted by {type(error).__name__}"))
+            operation.leave(told(error))
             undo()
         raise
 
