@@ -18,6 +18,7 @@ from shardckpt.commit.publishing import (
     put_rank_manifest,
     read_back,
 )
+from shardckpt.commit.seeing import check_seen
 from shardckpt.commit.words import check_words, contradictions, has_words, suffice
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Written",
     "abandon",
     "assemble",
+    "check_seen",
     "check_unchanged",
     "check_words",
     "checkpoint_path",

@@ -1,7 +1,8 @@
 """The saves of one Checkpointer, each of which may use what the one before it left: its plan, and its shards.
 
-In the foreground of a save the ranks speak three times at most: of what each holds, in short; of the same at length,
-where their plan is not known to be good; and of the place. The rest is `write`'s.
+In the foreground of a save the ranks speak twice: of what each holds, in short, and of the place. In between they speak
+of what they hold at length, where their plan is not known to be good; and at the end, in a folder where they have not
+met before, of whether they see the same there. The rest is `write`'s.
 """
 
 import time
@@ -33,7 +34,7 @@ from shardckpt.saving.structure import (
 )
 from shardckpt.staging import StagingPool
 from shardckpt.state import Flattened, Stepped, flatten
-from shardckpt.storage import Storage
+from shardckpt.storage import Storage, split
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class Series:
         self._commit_timeout = commit_timeout
         self._last: Last | None = None
         self._structure: Structure | None = None
+        self._shared: set[str] = set()
+        """Folders in which all ranks have seen what rank 0 put there."""
 
     def forget(self) -> None:
         """Let the next save share nothing of those before it."""
@@ -141,6 +144,12 @@ class Series:
                     previous = commit.open_place(storage, save_id, needed, shares=source.shards_of if source else None)
                     placing.word = save_id.encode()
                     placing.undo = lambda: commit.abandon(storage, save_id, [0])
+            if operation.world_size > 1 and not all(opening.shares_place for opening in openings):
+                with turn(operation, "see") as seeing:
+                    seeing.undo = placing.undo
+                    if rank != 0:
+                        commit.check_seen(storage, placing.heard[0].decode())
+                self._shared.add(_folder(storage))
         with _owing(operation, placing.undo) as begun:
 
             def submit(job: Job) -> None:
@@ -188,7 +197,15 @@ class Series:
             known = self._structure.key if self._structure is not None else ""
             own_nbytes = sum(source.nbytes for source in own_sources(flat))
             opening.word = msgspec.msgpack.encode(
-                Opening(flat.structure, flat.outline, known, may_alias, flat.places, own_nbytes)
+                Opening(
+                    flat.structure,
+                    flat.outline,
+                    known,
+                    may_alias,
+                    flat.places,
+                    own_nbytes,
+                    shares_place=not storage.has_places or _folder(storage) in self._shared,
+                )
             )
         openings = [msgspec.msgpack.decode(word, type=Opening) for word in opening.heard]
         return _Opened(path, storage, flat, stepped, openings)
@@ -236,6 +253,10 @@ def _owing(operation: Operation, undo: Callable[[], None]) -> Iterator[list[Job]
 def flatten_selected(state: Any, chosen: SaveOptions, rank: int) -> Flattened:
     """Flatten what the options of a save take of a state."""
     return flatten(state, replicated=chosen.replicated, include=chosen.include, exclude=chosen.exclude, rank=rank)
+
+
+def _folder(storage: Storage) -> str:
+    return split(storage.url)[0]
 
 
 def _own_structure(flat: Flattened) -> str:
