@@ -10,18 +10,18 @@ from copy import copy
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
 from shardckpt.errors import UnserialisableError
 from shardckpt.state import values
+from shardckpt.state.distributed import is_dtensor
 from shardckpt.state.leaves import is_raw_tensor
 from shardckpt.state.names import child_path
 
 
 def is_sharded(parameter: Any) -> bool:
     """Whether ranks hold different parts of a parameter."""
-    return isinstance(parameter, DTensor) and any(
-        not isinstance(placement, Replicate) and parameter.device_mesh.size(dim) > 1
+    return is_dtensor(parameter) and any(
+        not placement.is_replicate() and parameter.device_mesh.size(dim) > 1
         for dim, placement in enumerate(parameter.placements)
     )
 
@@ -29,13 +29,15 @@ def is_sharded(parameter: Any) -> bool:
 def as_part(value: Tensor, parameter: Tensor) -> Tensor:
     """Plain state that has the shape of the parameter's local part, as a DTensor in the same memory; else ``value``."""
     if (
-        not isinstance(parameter, DTensor)
-        or isinstance(value, DTensor)
+        not is_dtensor(parameter)
+        or is_dtensor(value)
         or not is_raw_tensor(value)
         or not is_sharded(parameter)
         or value.shape != parameter.to_local().shape
     ):
         return value
+    from torch.distributed.tensor import DTensor  # there is one, so this has been imported
+
     return DTensor.from_local(
         value.detach(),
         parameter.device_mesh,
@@ -63,11 +65,11 @@ def parts(value: Any, parameter: Tensor, path: str, is_equal: Callable[[str], bo
         return type(value)(
             parts(item, parameter, child_path(path, index), is_equal) for index, item in enumerate(value)
         )
-    if not isinstance(value, Tensor) or isinstance(value, DTensor) or is_equal(path):
+    if not isinstance(value, Tensor) or is_dtensor(value) or is_equal(path):
         return value
     part = as_part(value, parameter)  # that of a small parameter may have a single element
     if part is value and value.numel() != 1 and value.shape != parameter.shape:
-        assert isinstance(parameter, DTensor)
+        assert is_dtensor(parameter)
         raise UnserialisableError(
             f"optimizer state {path!r} is a plain tensor of shape {tuple(value.shape)} beside a DTensor of shape"
             f" {tuple(parameter.shape)}, of which this rank holds {tuple(parameter.to_local().shape)}: ranks may hold"
@@ -82,7 +84,9 @@ def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
 
     Scalars stay plain, since that is how optimizers count steps.
     """
-    if not isinstance(parameter, DTensor) or value.dim() == 0:
+    if not is_dtensor(parameter) or value.dim() == 0:
         return value
+    from torch.distributed.tensor import DTensor, Replicate  # there is one, so this has been imported
+
     mesh = parameter.device_mesh
     return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)

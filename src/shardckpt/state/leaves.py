@@ -6,22 +6,21 @@ Boxes, plural: a rank of a ``_StridedShard`` holds several runs of rows.
 
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.box import Box, full_box, slices
 from shardckpt.codecs import DTYPE_NAMES
 from shardckpt.errors import ConflictingStateError, UnserialisableError
-from shardckpt.state.placements import parts_of
+from shardckpt.state.distributed import is_dtensor, is_sharded_tensor
 
-try:
-    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-except ImportError:  # torch built without distributed, or a release that dropped it
-    ShardedTensor = None  # type: ignore[assignment, misc]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from shardckpt.state.placements import Part
 
 _PLAIN_TYPES: Final = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
@@ -102,16 +101,12 @@ def is_uninitialised(value: Any) -> bool:
 
 def is_distributed(value: Any) -> bool:
     """Whether a tensor says itself which part of it this rank holds."""
-    return isinstance(value, DTensor) or _is_sharded_tensor(value)
+    return is_dtensor(value) or is_sharded_tensor(value)
 
 
 def local_parts(tensor: Tensor) -> list[Tensor]:
     """The memory on this rank of a tensor for which `is_distributed` is true."""
-    return [tensor.to_local()] if isinstance(tensor, DTensor) else [shard.tensor for shard in tensor.local_shards()]  # type: ignore[attr-defined]
-
-
-def _is_sharded_tensor(value: Any) -> bool:
-    return ShardedTensor is not None and isinstance(value, ShardedTensor)
+    return [tensor.to_local()] if is_dtensor(tensor) else [shard.tensor for shard in tensor.local_shards()]  # type: ignore[attr-defined]
 
 
 def local_tensor(fqn: str, tensor: Tensor, *, split: bool) -> LocalTensor:
@@ -125,10 +120,10 @@ def local_tensor(fqn: str, tensor: Tensor, *, split: bool) -> LocalTensor:
         return of_kind(fqn, tensor, kind, split=split)
     shape = tuple(tensor.shape)
     whole = full_box(shape)
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         boxes, views = _dtensor_parts(fqn, tensor)
         split = True
-    elif _is_sharded_tensor(tensor):
+    elif is_sharded_tensor(tensor):
         boxes, views = _sharded_tensor_parts(fqn, tensor)
     else:
         boxes, views = [whole], [tensor.detach()]
@@ -148,7 +143,7 @@ def of_kind(fqn: str, tensor: Tensor, kind: Kind, *, split: bool) -> LocalTensor
 
 def is_meta(tensor: Tensor) -> bool:
     """Whether a tensor is on the meta device, and could be given data; a ShardedTensor cannot."""
-    return not _is_sharded_tensor(tensor) and tensor.is_meta
+    return not is_sharded_tensor(tensor) and tensor.is_meta
 
 
 def check_data(fqn: str, tensor: Tensor, views: Sequence[Tensor]) -> None:
@@ -162,7 +157,7 @@ def check_data(fqn: str, tensor: Tensor, views: Sequence[Tensor]) -> None:
 
 def memory_key(tensor: Tensor) -> Hashable | None:
     """Equal for two tensors that are one view of one memory (tied weights); None where that cannot be said."""
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         local = memory_key(_local(tensor))
         return None if local is None else (local, tensor.device_mesh, tensor.placements, tuple(tensor.shape))
     if type(tensor) not in _PLAIN_TYPES or tensor.device.type == "meta" or tensor.numel() == 0:
@@ -181,7 +176,7 @@ def memory_key(tensor: Tensor) -> Hashable | None:
 
 def address(tensor: Tensor) -> int:
     """Where a tensor's memory on this rank begins, equal wherever `memory_key` is; 0 where that is None."""
-    local = _local(tensor) if isinstance(tensor, DTensor) else tensor
+    local = _local(tensor) if is_dtensor(tensor) else tensor
     if type(local) not in _PLAIN_TYPES or local.is_meta or local.layout is not torch.strided or not local.numel():
         return 0
     return local.data_ptr()
@@ -189,7 +184,7 @@ def address(tensor: Tensor) -> int:
 
 def storage_key(tensor: Tensor) -> Hashable | None:
     """Equal for tensors that share a storage, whatever their views of it."""
-    local = _local(tensor) if isinstance(tensor, DTensor) else tensor
+    local = _local(tensor) if is_dtensor(tensor) else tensor
     if type(local) not in _PLAIN_TYPES or local.device.type == "meta" or local.layout is not torch.strided:
         return None
     return (local.device, local.untyped_storage().data_ptr())
@@ -197,7 +192,7 @@ def storage_key(tensor: Tensor) -> Hashable | None:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements share memory, as those of an expanded tensor do, so that writing them is undefined."""
-    local = _local(tensor) if isinstance(tensor, DTensor) else tensor
+    local = _local(tensor) if is_dtensor(tensor) else tensor
     return (
         type(local) in _PLAIN_TYPES
         and not local.is_contiguous()
@@ -210,7 +205,7 @@ def _location(device: torch.device, *, pieces: bool) -> str:
     return device.type if pieces or device.type == "cpu" else str(device)
 
 
-def _dtensor_parts(fqn: str, tensor: DTensor) -> tuple[list[Box], list[Tensor]]:
+def _dtensor_parts(fqn: str, tensor: "DTensor") -> tuple[list[Box], list[Tensor]]:
     """Boxes and views of a DTensor; both are empty on a rank that is not in its mesh."""
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
@@ -226,11 +221,14 @@ def _dtensor_parts(fqn: str, tensor: DTensor) -> tuple[list[Box], list[Tensor]]:
     return [part.box for part in parts], views
 
 
-_parts = lru_cache(maxsize=4096)(parts_of)
-"""Layers repeat: thousands of tensors have a few dozen different layouts."""
+@lru_cache(maxsize=4096)  # layers repeat: thousands of tensors have a few dozen different layouts
+def _parts(*layout: Any) -> "list[Part]":
+    from shardckpt.state.placements import parts_of  # imports DTensors, which others may do without
+
+    return parts_of(*layout)
 
 
-def _local(tensor: DTensor) -> Tensor:
+def _local(tensor: "DTensor") -> Tensor:
     # In grad mode it records an operation, which takes ten times as long; and to leave that mode takes four times.
     if not torch.is_grad_enabled():
         return tensor.to_local()

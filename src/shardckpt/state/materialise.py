@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shardckpt.state import names
+from shardckpt.state.distributed import is_dtensor
 from shardckpt.state.leaves import is_meta
 from shardckpt.state.skeleton import MAX_DEPTH
 
@@ -22,7 +22,7 @@ def why_not(live: Tensor) -> str | None:
 
     The reasons are those of ``torch.utils.swap_tensors``, known before anything is changed.
     """
-    if not isinstance(live, DTensor) and type(live).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not is_dtensor(live) and type(live).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(live).__name__} on the meta device"
     if weakref.getweakrefs(live):
         return "on the meta device, and something holds a weak reference to it"
@@ -43,7 +43,7 @@ def host_of(tensor: Tensor) -> torch.device | str:
     """The device where what belongs to ``tensor`` is read to."""
     if not is_meta(tensor):
         return tensor.device
-    return tensor.device_mesh.device_type if isinstance(tensor, DTensor) else "cpu"
+    return tensor.device_mesh.device_type if is_dtensor(tensor) else "cpu"
 
 
 def install(live: Tensor, filled: Tensor) -> None:

@@ -5,15 +5,17 @@ whole, and find out in the next collective, or never. One digest a mesh tells th
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import xxhash
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from shardckpt.errors import ConflictingStateError
+from shardckpt.state.distributed import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Meshes:
@@ -25,10 +27,10 @@ class Meshes:
         self._known: dict[DeviceMesh, str] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             self._layouts[name] = (self._mesh(tensor.device_mesh), str(tuple(tensor.placements)))
 
-    def _mesh(self, mesh: DeviceMesh) -> str:
+    def _mesh(self, mesh: "DeviceMesh") -> str:
         if mesh not in self._known:
             text = self._known[mesh] = str(mesh.mesh.tolist())
             self._ranks[text] = mesh.mesh.flatten().tolist()

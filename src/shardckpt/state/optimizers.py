@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shardckpt.manifest import TensorEntry
 from shardckpt.state import names, values
 from shardckpt.state.beside import as_part, like_parameter
+from shardckpt.state.distributed import is_dtensor
 from shardckpt.state.fresh import Thunk
 from shardckpt.state.leaves import is_distributed, is_meta
 from shardckpt.state.matching import Matching
@@ -246,7 +246,7 @@ class Beside:
         place: Hashable = id(self.parameter) if is_meta(self.parameter) else None
         if is_distributed(self.parameter) and self._is_shaped(entry):
             place = id(self.parameter)
-        elif isinstance(self.parameter, DTensor):
+        elif is_dtensor(self.parameter):
             place = self.parameter.device_mesh
         return self.parameter.device, self.is_step, self.twin, place
 
@@ -257,7 +257,7 @@ class Beside:
         return like_parameter(torch.empty(tuple(entry.shape), dtype=dtype, device=device), self.parameter)
 
     def finish(self, entry: TensorEntry, tensor: Tensor) -> Tensor:
-        if not is_meta(self.parameter) or isinstance(self.parameter, DTensor) or self._stays_on_cpu(entry):
+        if not is_meta(self.parameter) or is_dtensor(self.parameter) or self._stays_on_cpu(entry):
             return tensor
         if id(self.parameter) not in self.match.materialised:
             return self.match.relocate(tensor, entry.location)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardckpt.state import names
+from shardckpt.state.distributed import is_dtensor
 from shardckpt.state.leaves import is_distributed, is_meta, local_parts
 from shardckpt.state.skeleton import MAX_DEPTH
 
@@ -58,9 +58,7 @@ class Stepped:
             return
         ends, begin = self._ends.setdefault(tensor.device, {}), tensor.data_ptr()
         ends[begin] = max(ends.get(begin, 0), begin + tensor.nbytes)
-        self._live.setdefault((tensor.device, begin), []).extend(
-            [tensor, live] if isinstance(live, DTensor) else [tensor]
-        )
+        self._live.setdefault((tensor.device, begin), []).extend([tensor, live] if is_dtensor(live) else [tensor])
 
 
 def _span(tensor: Tensor) -> int:

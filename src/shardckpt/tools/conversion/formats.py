@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, get_args
 
-from shardckpt import commit, dcp_directory
+from shardckpt import commit
 from shardckpt.errors import CheckpointNotFoundError, ObjectNotFoundError, UsageError
 from shardckpt.filenames import MANIFEST, is_checkpoint_file
 from shardckpt.storage import join, local_path, open_storage, split
@@ -30,6 +30,8 @@ def source_format(path: str, local: str | None, storage_options: Mapping[str, An
         return "safetensors" if local.endswith(SUFFIX) else "torch"
     if not os.path.isdir(local):
         raise CheckpointNotFoundError(f"nothing is at {path}.")
+    from shardckpt import dcp_directory  # imports DCP, which only this needs
+
     names = os.listdir(local)
     if MANIFEST not in names and dcp_directory.is_directory(local):
         return "dcp"
