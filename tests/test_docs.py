@@ -1,16 +1,22 @@
 """What the documentation shows is run, so that it stays true."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import ranks
 import shardckpt
+from multirank import docs_cases
+from pages import DOCS, blocks, run_python
 
-DOCS = Path(__file__).parents[1] / "docs"
 SOURCE = Path(shardckpt.__file__).parent
 
 ACTIONS = {
@@ -39,26 +45,66 @@ _VARYING = {
 """What is different each time, and what stands for it; alignment follows from that."""
 
 
-def blocks(page: str, language: str) -> list[str]:
-    text = (DOCS / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+ALONE = ("async.md", "converting.md", "manager.md", "moving.md", "partial.md")
+BY_RANKS = ("layouts.md", "per_rank.md")
+ELSEWHERE = {"cli.md", "s3.md", "quickstart.md", "lightning.md", "README.md"}
+"""Run by tests of their own: below, and for Lightning in ``tests/lightning/test_docs.py``."""
 
 
-def run_python(page: str, names: dict[str, object], **instead: str) -> None:
-    """Run the blocks of a page one after the other, with ``instead`` of some words others."""
-    found = blocks(page, "python")
-    assert found
-    for block in found:
-        for word, other in instead.items():
-            block = block.replace(word, other)
-        exec(compile(block, f"{page}: {block.splitlines()[0]}", "exec"), names)
+def test_every_page_with_python_is_run():
+    """An example that no test runs is wrong before long, and readers paste it."""
+    pages = {path.name for path in (*DOCS.glob("*.md"), DOCS.parent / "README.md") if blocks(path.name, "python")}
+    assert pages == {*ALONE, *BY_RANKS, *ELSEWHERE}
 
 
-@pytest.mark.parametrize("page", ("async.md", "converting.md", "manager.md", "partial.md"))
+@pytest.mark.parametrize("page", ALONE)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     """A reader may paste the blocks of a page one after the other; ``path`` is theirs to choose."""
     monkeypatch.chdir(tmp_path)
     run_python(page, {"path": str(tmp_path / "ck"), "__name__": page})
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("page", BY_RANKS)
+def test_the_examples_for_ranks_run(page, tmp_path):
+    """The same on two ranks, with the names that the page speaks of."""
+    ranks.world(2).run(docs_cases.run_page, page, str(tmp_path / "ck"))
+
+
+@pytest.mark.multiprocess
+def test_the_loop_of_the_quick_start_resumes(tmp_path):
+    """What is pasted into a training script saves, and goes on from there when it is started again."""
+    for _ in range(2):
+        assert ranks.world(2).run(docs_cases.quick_start, str(tmp_path)) == [20, 20]
+
+
+@pytest.mark.s3
+def test_the_quick_start_for_s3_runs(s3_place):
+    """Its options are those that the server takes, but for the secrets."""
+    options = s3_place.storage_options
+    s3_place.client.create_bucket(Bucket="bucket")
+    (block,) = [block for block in blocks("quickstart.md", "python") if "storage_options" in block]
+    block = block.replace("http://127.0.0.1:9000", options["client_kwargs"]["endpoint_url"])
+    for name in ("key", "secret"):
+        block = block.replace(f'"{name}": "..."', f'"{name}": {options[name]!r}')
+    names = {"model": torch.nn.Linear(2, 2)}
+    exec(compile(block, "quickstart.md", "exec"), names)
+    assert names["state"]["step"] == 1000
+
+
+def test_the_site_builds(tmp_path):
+    """A link that leads nowhere, or a docstring that cannot be shown, is an error before readers meet it."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        command, cwd=DOCS.parent, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
+    assert "Restore" in api
+    assert all(f"shardckpt.{name}" in api for name in ("save", "Checkpointer", "tools.convert", "errors.StorageError"))
 
 
 @pytest.mark.s3
