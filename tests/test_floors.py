@@ -16,7 +16,7 @@ import shardckpt
 PACKAGE = Path(shardckpt.__file__).parent
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "box", "workers", "reports", "filenames", "garbage"}),
+    frozenset({"errors", "box", "workers", "reports", "filenames", "garbage", "progress"}),
     frozenset(
         {
             "launch",

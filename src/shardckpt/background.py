@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -21,8 +22,17 @@ class PendingSave:
     steps of optimizers only, until `staged`.
     """
 
-    def __init__(self, path: str, save_id: str) -> None:
-        """``save_id`` is empty where the save failed before it had one."""
+    def __init__(
+        self,
+        path: str,
+        save_id: str,
+        called: float,
+        on_over: "Callable[[PendingSave], None] | None" = None,
+    ) -> None:
+        """``save_id`` is empty where the save failed before it had one; ``called`` is when, by the monotonic clock.
+
+        ``on_over`` is called once, when the save is over and its call has returned.
+        """
         self.path = path
         self.save_id = save_id
         self._finished = threading.Event()
@@ -31,6 +41,11 @@ class PendingSave:
         self._error: SaveFailedError | None = None
         self._reported = False
         self._stall_seconds = 0.0
+        self._called = called
+        self._on_over = on_over
+        self._telling = threading.Lock()
+        self._has_returned = False
+        self._staged_seconds = self._total_seconds = 0.0
 
     @property
     def staged(self) -> bool:
@@ -60,12 +75,29 @@ class PendingSave:
             self._reported = True
             raise self._error
         assert self._report is not None
-        return replace(self._report, stall_seconds=self._stall_seconds)
+        return replace(self._report, stall_seconds=self._stall_seconds, staged_seconds=self._staged_seconds)
 
     def outcome(self) -> SaveReport | SaveFailedError:
         """Wait until the save is over, and say how it ended. Nobody counts as told of a failure."""
         self._finished.wait()
         return self._error or self.result()
+
+    def report(self, world_size: int) -> SaveReport:
+        """As `outcome`, of a failure too: the report has an ``error`` then."""
+        outcome = self.outcome()
+        if isinstance(outcome, SaveReport):
+            return outcome
+        return SaveReport(
+            path=self.path,
+            save_id=self.save_id,
+            world_size=world_size,
+            nbytes=0,
+            rank_nbytes=0,
+            stall_seconds=self._stall_seconds,
+            total_seconds=self._total_seconds,
+            staged_seconds=self._staged_seconds,
+            error=str(outcome),
+        )
 
     @property
     def told(self) -> bool:
@@ -77,6 +109,7 @@ class PendingSave:
         return self._finished.is_set() and self._error is None
 
     def mark_staged(self) -> None:
+        self._staged_seconds = time.monotonic() - self._called
         self._staged.set()
 
     def share_staging(self, other: "PendingSave") -> None:
@@ -87,6 +120,12 @@ class PendingSave:
         """Note that the caller was kept from going on for so long."""
         self._stall_seconds += seconds
 
+    def mark_returned(self) -> None:
+        """Note that the call which began this save returns now: it stalled its caller until here."""
+        self.add_stall(time.monotonic() - self._called)
+        self._has_returned = True
+        self._tell()
+
     def resolve(self, outcome: SaveReport | SaveFailedError) -> None:
         if isinstance(outcome, SaveFailedError):
             # Whoever never asks for the result, and makes no further save, is told here.
@@ -94,7 +133,17 @@ class PendingSave:
             self._error = outcome
         else:
             self._report = outcome
+        self._total_seconds = time.monotonic() - self._called
         self._finished.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Say how it ended, once, when the save is over and its call too."""
+        with self._telling:
+            if not (self._has_returned and self.done()) or self._on_over is None:
+                return
+            on_over, self._on_over = self._on_over, None
+        on_over(self)
 
     def unreported_error(self) -> SaveFailedError | None:
         """The failure, if the save is over and nobody has been told yet; telling it counts."""

@@ -5,7 +5,7 @@ Save: flatten → plan → stage → write → commit. Load: manifest → plan �
 
 import logging
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -13,11 +13,11 @@ from typing import Any, Final
 from shardckpt import commit, coordinator, loading, options, saving
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, taking_part, turn
-from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, SaveFailedError, StorageError
+from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StorageError
 from shardckpt.loading import OpenCheckpoint
 from shardckpt.options import Compression, OnSaveError, Path, SaveOptions, ShareReads
 from shardckpt.relocation import MapLocation
-from shardckpt.reports import SaveReport
+from shardckpt.reports import LoadReport, SaveReport
 from shardckpt.saving import Request, Series
 from shardckpt.staging import StagingPool
 from shardckpt.state import KeyMap, Prefix
@@ -56,6 +56,9 @@ class Checkpointer:
             once and counts it in `failed_saves`, and the job goes on with the checkpoints that it has; what the lost
             one was to replace is kept. This goes for what the storage, a disk or a rank does to a save. A state that
             cannot be saved, a wrong call, and a rank that does not make the call are errors as ever.
+        on_report: called on every rank with the SaveReport or LoadReport of each save and load that is over, for
+            metrics and traces; of a save that failed the report has an ``error``. For an asynchronous save that is
+            mostly in the background's thread. What it raises is logged.
         share_reads: whether ranks that want the same stored bytes read them for each other and pass them on, over
             gloo, in the foreground of a load: True, False, or "auto": where that spares much, and a short trial at the
             start of the load shows that it is faster.
@@ -75,6 +78,7 @@ class Checkpointer:
         timeout: float = 600.0,
         commit_timeout: float = 1800.0,
         on_save_error: OnSaveError = "raise",
+        on_report: Callable[[SaveReport | LoadReport], None] | None = None,
         share_reads: ShareReads = "auto",
         alone: bool = False,
     ) -> None:
@@ -84,6 +88,7 @@ class Checkpointer:
         self._timeout = options.positive("timeout", timeout)
         self._commit_timeout = options.positive("commit_timeout", commit_timeout)
         self._share_reads = options.share_reads(share_reads)
+        self._on_report = options.function("on_report", on_report)
         self._alone = alone
         self._pool = StagingPool()
         self._background = Background()
@@ -114,11 +119,12 @@ class Checkpointer:
         chosen = replace(save_options or self._save_options, overlap=None)  # it waits for more than the copy
         opener = partial(self._open_storage, storage_options)
         pending = self._start(Request(state, path, opener, state_version, chosen, SYNC_MEMORY))
-        outcome = pending.outcome() if self._series.queue.tolerant else pending.result()
-        if isinstance(outcome, SaveFailedError):
-            seconds, world_size = time.monotonic() - started, self._rank_and_world_size()[1]
-            return SaveReport(pending.path, pending.save_id, world_size, 0, 0, seconds, seconds, error=str(outcome))
-        return replace(outcome, stall_seconds=outcome.total_seconds)
+        report = pending.report(self._rank_and_world_size()[1])
+        report = replace(report, stall_seconds=time.monotonic() - started)
+        self._tell(report)
+        if report.error is not None and not self._series.queue.tolerant:
+            pending.result()  # raises
+        return report
 
     def async_save(
         self,
@@ -145,7 +151,20 @@ class Checkpointer:
         """
         chosen = save_options or self._save_options
         opener = partial(self._open_storage, storage_options)
-        return self._start(Request(state, path, opener, state_version, chosen, self._staging_limit))
+        return self._start(
+            Request(state, path, opener, state_version, chosen, self._staging_limit, on_over=self._is_over)
+        )
+
+    def _is_over(self, pending: PendingSave) -> None:
+        self._tell(pending.report(self._rank_and_world_size()[1]))
+
+    def _tell(self, report: SaveReport | LoadReport) -> None:
+        if self._on_report is None:
+            return
+        try:
+            self._on_report(report)
+        except Exception:
+            log.exception("on_report failed, which is nobody's checkpoint: the save or load itself is over")
 
     def _start(self, request: Request) -> PendingSave:
         operation = self.begin(f"save({options.path_text(request.path)!r})")
@@ -223,6 +242,7 @@ class Checkpointer:
             begin=self._begin_load,
             patience=self._commit_timeout,
             share_reads=self._share_reads,
+            tell=self._tell,
         )
 
     def _overwritten(self, opened: OpenCheckpoint, error: Exception) -> bool:

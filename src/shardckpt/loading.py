@@ -25,6 +25,7 @@ from shardckpt.indexing import Index, select
 from shardckpt.manifest import Manifest
 from shardckpt.options import Path, ShareReads
 from shardckpt.planner import Wanted
+from shardckpt.progress import bar
 from shardckpt.reader import Reading, ReadPlan, ReadStats, Target, opening, read_object, read_together
 from shardckpt.relocation import MapLocation, relocation
 from shardckpt.reports import LoadReport
@@ -49,7 +50,7 @@ from shardckpt.state import (
 from shardckpt.state.names import check_root, iter_modules
 from shardckpt.state.per_rank import Here, resize
 from shardckpt.state.schema import check_skeleton
-from shardckpt.storage import Storage, open_storage
+from shardckpt.storage import Storage, open_storage, retries
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,11 @@ class OpenCheckpoint:
         begin: Callable[[str], Operation],
         patience: float,
         share_reads: ShareReads,
+        tell: Callable[[LoadReport], None],
     ) -> None:
         """``pool`` is the memory to read through; ``begin`` starts an operation of all ranks, for `restore`.
+
+        ``tell`` hears what each `restore` returns.
 
         ``patience`` is how many seconds longer one rank may read than another, and ``share_reads`` whether they read
         for each other.
@@ -107,6 +111,7 @@ class OpenCheckpoint:
         self._begin = begin
         self._patience = patience
         self._share_reads = share_reads
+        self._tell = tell
 
     def keys(self) -> list[Any]:
         """The top-level keys of the state."""
@@ -152,9 +157,9 @@ class OpenCheckpoint:
         errors are those of `Checkpointer.load`.
         """
         operation = self._begin(f"load({self.path!r})")
-        with taking_part(operation):
-            started = time.monotonic()
-            stats = ReadStats()
+        with taking_part(operation), bar(f"loading {self.path}", wanted=operation.rank == 0) as shown:
+            started, retries_before = time.monotonic(), retries()
+            stats = ReadStats(heard=None if shown is None else shown.advance)
             with turn(operation, "match") as matched, held_off():
                 check_root(state)
                 match = Matching(
@@ -181,6 +186,10 @@ class OpenCheckpoint:
                 self._read_objects(match, map_location, weights_only)
                 live = [Wanted(tensor.fqn, box) for tensor in match.live() for box in tensor.boxes]
                 reading = self._prepare(match, live, convert_dtype=convert_dtype, stats=stats)
+                if shown is not None:
+                    shown.total = sum(
+                        target.tensor.nbytes for targets in reading.targets.values() for target in targets
+                    )
                 if operation.world_size > 1:
                     checked.word = opening(reading, self._share_reads)
             per_rank: dict[str, list[Any]] = {}
@@ -209,7 +218,7 @@ class OpenCheckpoint:
                     self.path,
                     ", ".join(left_on_meta),
                 )
-            return LoadReport(
+            report = LoadReport(
                 path=self.path,
                 save_id=self.manifest.save_id,
                 world_size=self.manifest.world_size,
@@ -221,9 +230,12 @@ class OpenCheckpoint:
                 left_on_meta=left_on_meta,
                 bytes_read=stats.bytes_read,
                 seconds=time.monotonic() - started,
+                retries=retries() - retries_before,
                 bytes_received=stats.bytes_received,
                 per_rank=per_rank,
             )
+        self._tell(report)
+        return report
 
     def read_tensor(self, name: str, index: Index = ..., *, map_location: MapLocation = None) -> Tensor:
         """One tensor by its name, or the part ``index`` of it, on this process alone: what ``full[index]`` would be.

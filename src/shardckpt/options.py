@@ -114,3 +114,10 @@ def patterns(name: str, value: Any) -> tuple[str, ...] | None:
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(item, str) for item in value):
         raise UsageError(f"{name} takes a list of patterns, not {value!r}")
     return tuple(value)
+
+
+def function(name: str, value: Any) -> Any:
+    """``value``, if it can be called or is None."""
+    if value is not None and not callable(value):
+        raise UsageError(f"{name} is a function or None, not {value!r}")
+    return value

@@ -19,6 +19,16 @@ class SaveReport:
     """How long this rank's caller was kept from going on."""
     total_seconds: float
     """From the call to the commit, as this rank saw it."""
+    staged_seconds: float = 0.0
+    """From the call until this rank's part of the snapshot was complete."""
+    written_seconds: float = 0.0
+    """From the call until this rank's part was durable."""
+    slowest_rank: int = 0
+    """Whose part took longest to be durable; 0 where the shards were shared, and nothing was written."""
+    slowest_seconds: float = 0.0
+    """How long that took, from that rank's call on."""
+    retries: int = 0
+    """Requests to the storage that this rank made again; clients make some again by themselves, which nobody counts."""
     alias: bool = False
     """Whether the shards were shared with the save before, since nothing had changed."""
     error: str | None = None
@@ -28,9 +38,14 @@ class SaveReport:
         if self.error is not None:
             return f"SaveReport({self.path!r}, failed: {self.error})"
         shared = ", shared with the save before" if self.alias else ""
+        slowest = ""
+        if self.world_size > 1 and not self.alias:
+            slowest = f", rank {self.slowest_rank} slowest with {self.slowest_seconds:.3f} s"
+        retries = f", {self.retries} retries" if self.retries else ""
         return (
             f"SaveReport({self.path!r}, {size_text(self.nbytes)} by {self.world_size} rank(s){shared}, stalled"
-            f" {self.stall_seconds:.3f} s, committed after {self.total_seconds:.3f} s)"
+            f" {self.stall_seconds:.3f} s, staged after {self.staged_seconds:.3f} s, written after"
+            f" {self.written_seconds:.3f} s{slowest}, committed after {self.total_seconds:.3f} s{retries})"
         )
 
 
@@ -57,6 +72,8 @@ class LoadReport:
     bytes_read: int
     """By this rank, from the storage."""
     seconds: float
+    retries: int = 0
+    """Requests to the storage that this rank made again; clients make some again by themselves, which nobody counts."""
     bytes_received: int = 0
     """By this rank, from others that read them for it; see ``share_reads`` of `shardckpt.Checkpointer`."""
     per_rank: dict[str, list[Any]] = field(default_factory=dict, repr=False)
@@ -71,9 +88,10 @@ class LoadReport:
         )
         received = f" and {size_text(self.bytes_received)} received" if self.bytes_received else ""
         differences += f", per_rank={[*self.per_rank]}" if self.per_rank else ""
+        retries = f", {self.retries} retries" if self.retries else ""
         return (
             f"LoadReport({self.path!r}, {len(self.restored)} tensors, {size_text(self.bytes_read)} read{received} in"
-            f" {self.seconds:.3f} s{differences})"
+            f" {self.seconds:.3f} s{retries}{differences})"
         )
 
 

@@ -11,6 +11,7 @@ from shardckpt.commit.finding import Found, checkpoint_path, find, find_bytes, i
 from shardckpt.commit.publishing import (
     Written,
     check_unchanged,
+    encoded,
     new_save_id,
     open_place,
     publish,
@@ -34,6 +35,7 @@ __all__ = [
     "checkpoint_path",
     "clean",
     "contradictions",
+    "encoded",
     "end_lease",
     "find",
     "find_bytes",

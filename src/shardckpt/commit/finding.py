@@ -47,15 +47,15 @@ def find_bytes(storage: Storage) -> bytes | None:
 def find(storage: Storage) -> Found | None:
     """The commit record of a place, or None where there is none. Raises CorruptCheckpointError if it is damaged."""
     data = find_bytes(storage)
-    return None if data is None else _parsed(storage, data)
+    return None if data is None else parsed(storage, data)
 
 
 def read(path: str, storage: Storage, storage_options: Mapping[str, Any] | None) -> Found:
     """The commit record at ``path``. Raises as `find` and `read_bytes` do."""
-    return _parsed(storage, read_bytes(path, storage, storage_options))
+    return parsed(storage, read_bytes(path, storage, storage_options))
 
 
-def _parsed(storage: Storage, data: bytes) -> Found:
+def parsed(storage: Storage, data: bytes) -> Found:
     return Found(mf.decode_manifest(data, f"{storage.url}/{MANIFEST}"), data)
 
 

@@ -13,7 +13,7 @@ from shardckpt import manifest as mf
 from shardckpt.codecs import digest, digests_text
 from shardckpt.commit.assembly import layout_of
 from shardckpt.commit.clearing import end_lease, take_lease
-from shardckpt.commit.finding import find_bytes
+from shardckpt.commit.finding import Found, find_bytes
 from shardckpt.errors import (
     CorruptCheckpointError,
     ObjectExistsError,
@@ -129,15 +129,20 @@ def read_back(storage: Storage, file: FileEntry) -> bytes:
     return data
 
 
-def publish(storage: Storage, manifest: Manifest, previous: bytes | None) -> None:
+def encoded(manifest: Manifest) -> Found:
+    """A commit record with the bytes that it has on the disk."""
+    return Found(manifest, mf.encode(manifest))
+
+
+def publish(storage: Storage, record: Found, previous: bytes | None) -> None:
     """The switch: after this the checkpoint exists, before it did not.
 
     Raises SaveFailedError if the place does not hold the record that it held when the save began: somebody else saved
     there. Raises UncertainCommitError if the storage fails in a way that leaves open whether it took the record; the
     files that it names must then stay.
     """
-    check_skeleton(manifest, f"{storage.url}/{MANIFEST}")
-    publish_record(storage, mf.encode(manifest), previous)
+    check_skeleton(record.manifest, f"{storage.url}/{MANIFEST}")
+    publish_record(storage, record.data, previous)
 
 
 def publish_record(storage: Storage, data: bytes, previous: bytes | None) -> None:

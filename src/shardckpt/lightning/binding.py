@@ -81,6 +81,19 @@ def _binding_of(flavour: flavours.Flavour) -> Any:
             if not self._is_prepared and trainer.global_step > 0:
                 self._is_prepared = True
                 strategies.prepare(trainer.strategy)
+            self._log(trainer)
+
+        def _log(self, trainer: Any) -> None:
+            plugin = strategies.plugin_of(trainer.strategy)
+            if plugin is not None and plugin.figures is not None:
+                plugin.figures.log(trainer)
+
+        def on_train_end(self, trainer: Any, *_: Any) -> None:
+            wait_for_copies()
+            plugin = strategies.plugin_of(trainer.strategy)
+            if plugin is not None and plugin.figures is not None:
+                plugin.settle()  # the figures of the last save, which loggers take no longer after this
+            self._log(trainer)
 
         def _wait_for_copies(self, trainer: Any, *_: Any) -> None:
             # What `overlap="step"` copies changes by more than steps here: callbacks swap in averages, prune, restore.
@@ -89,7 +102,6 @@ def _binding_of(flavour: flavours.Flavour) -> Any:
         on_validation_start = _wait_for_copies
         on_train_epoch_start = _wait_for_copies
         on_train_epoch_end = _wait_for_copies
-        on_train_end = _wait_for_copies
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             # The class exists in no module; spawned processes get the Trainer's callbacks pickled.

@@ -21,6 +21,7 @@ from shardckpt.commit import checkpoint_path
 from shardckpt.errors import SaveFailedError, UsageError
 from shardckpt.lightning import agreement, fabric, flavours, from_checkpoint, model_checkpoint, ordinary, restore
 from shardckpt.lightning.every_rank import save
+from shardckpt.lightning.figures import Figures
 from shardckpt.lightning.lazy import plain
 from shardckpt.lightning.living import living
 from shardckpt.lightning.places import Places, Resume
@@ -43,17 +44,19 @@ class ShardedCheckpointIO(_CheckpointIO):
     Args:
         resume: what to do about a checkpoint that was never completed, where a path or "last" leads to one: None for an
             error that names the newest complete one beside it, ``"latest"`` to take that, with a warning.
+        log_reports: whether the figures of each save and load go to the Trainer's loggers, as ``checkpoint/...``.
         options: those of `shardckpt.Checkpointer`, passed on as they are: ``storage_options``, ``compression``,
             ``replicated``, ``include``, ``exclude``, ``staging_limit``, ``overlap``, ``timeout``, ``commit_timeout``,
-            ``on_save_error`` and ``share_reads``.
+            ``on_save_error``, ``on_report`` and ``share_reads``.
 
     Raises:
         UsageError: an option is unknown or has an impossible value.
     """
 
-    def __init__(self, *, resume: Resume = None, **options: Any) -> None:
+    def __init__(self, *, resume: Resume = None, log_reports: bool = False, **options: Any) -> None:
         super().__init__()
         self._resume = resume
+        self._log_reports = log_reports
         self._options = options
         self._start()
         self._make(alone=False)  # so that a wrong option is known here, and not at the first save
@@ -74,6 +77,8 @@ class ShardedCheckpointIO(_CheckpointIO):
         self.twins = Twins()
         self.places = Places(self._options.get("storage_options"), self._resume)
         self.displaced = ordinary.Displaced()
+        self.figures = Figures(self._options.get("on_report")) if self._log_reports else None
+        """What goes to loggers; None where nothing is to."""
         flavours.register(type(self))
         from_checkpoint.install()
         model_checkpoint.install()
@@ -81,16 +86,17 @@ class ShardedCheckpointIO(_CheckpointIO):
         living.add(self)
 
     def _make(self, *, alone: bool) -> Checkpointer:
+        hearing = {"on_report": self.figures.hear} if self.figures is not None else {}
         try:
-            return Checkpointer(**self._options, alone=alone)
+            return Checkpointer(**(self._options | hearing), alone=alone)
         except TypeError as error:
             raise UsageError(f"ShardedCheckpointIO takes the options of shardckpt.Checkpointer: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"options": self._options, "resume": self._resume}
+        return {"options": self._options, "resume": self._resume, "log_reports": self._log_reports}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._options, self._resume = state["options"], state["resume"]
+        self._options, self._resume, self._log_reports = state["options"], state["resume"], state["log_reports"]
         self._start()
 
     @property

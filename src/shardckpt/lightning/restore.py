@@ -197,6 +197,7 @@ class Reading:
             begin=lambda _: coordinator.begin_alone(),
             patience=0.0,
             share_reads=False,
+            tell=lambda _: None,
         )
         try:
             return here.materialise(place, map_location=self._map_location, weights_only=self._weights_only)

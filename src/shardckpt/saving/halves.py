@@ -11,8 +11,9 @@ from shardckpt.background import PendingSave
 from shardckpt.coordinator import told
 from shardckpt.garbage import held_off
 from shardckpt.launch import cores_per_rank
-from shardckpt.saving.jobs import Order, SaveJob
+from shardckpt.saving.jobs import Order
 from shardckpt.saving.overlap import Overlap, begin_overlap
+from shardckpt.saving.save_job import SaveJob
 from shardckpt.staging import Block, Early, Source, StagingPool, blocks_for, stage
 from shardckpt.state import Flattened, Stepped
 from shardckpt.storage import BLOCK

@@ -18,8 +18,9 @@ from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, taking_part, told, turn
 from shardckpt.errors import StorageError
 from shardckpt.options import Path, SaveOptions
+from shardckpt.saving.alias_job import AliasJob
 from shardckpt.saving.halves import write
-from shardckpt.saving.jobs import AliasJob, Job, Order, failure
+from shardckpt.saving.jobs import Job, Order, failure
 from shardckpt.saving.own import describe, own_sources
 from shardckpt.saving.queue import Queue
 from shardckpt.saving.structure import (
@@ -49,6 +50,8 @@ class Request:
     options: SaveOptions
     memory: int | None
     """Bytes of staging memory that it may hold; None for no limit."""
+    on_over: Callable[[PendingSave], None] | None = None
+    """Called when it is over and its call has returned."""
     called: float = field(default_factory=time.monotonic)
 
 
@@ -112,9 +115,10 @@ class Series:
             # By what all ranks heard, and not by `error`: where several failed, each has one of its own.
             if not self.queue.tolerant or not isinstance(operation.verdict, StorageError):
                 raise
-            lost = PendingSave(path := commit.checkpoint_path(request.path), "")
+            lost = PendingSave(path := commit.checkpoint_path(request.path), "", request.called, request.on_over)
             lost.mark_staged()
             lost.resolve(failure(path, error))
+            lost.mark_returned()
             self.queue.lose(lost)
             return lost
 
@@ -156,7 +160,7 @@ class Series:
                 begun.append(job)
                 self.queue.submit(job)
 
-            pending = PendingSave(path, placing.heard[0].decode())
+            pending = PendingSave(path, placing.heard[0].decode(), request.called, request.on_over)
             order = Order(
                 pending=pending,
                 operation=background,
@@ -178,7 +182,7 @@ class Series:
                 pending.share_staging(source.order.pending)
                 submit(AliasJob(order, source))
         self._last = Last(begun[0], request.version, _own_structure(flat))
-        pending.add_stall(time.monotonic() - request.called)
+        pending.mark_returned()
         return pending
 
     def _open(self, request: Request, operation: Operation) -> _Opened:

@@ -7,6 +7,7 @@ happens when :func:`open_storage` meets the first URL of one.
 from shardckpt.storage.base import BLOCK, GET_LIMIT, ObjectWriter, Read, Stat, Storage, Uploads, check_name, join, split
 from shardckpt.storage.local import TEMP_PREFIX, LocalStorage, is_temporary, temporary_name
 from shardckpt.storage.opening import is_local, local_path, open_storage
+from shardckpt.storage.retry import retries
 
 __all__ = [
     "BLOCK",
@@ -24,6 +25,7 @@ __all__ = [
     "join",
     "local_path",
     "open_storage",
+    "retries",
     "split",
     "temporary_name",
 ]

@@ -1,11 +1,15 @@
 """Trying again: the one helper for requests that are safe to repeat."""
 
+import logging
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
 from shardckpt.storage.translate import count_attempts, is_transient
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -16,6 +20,15 @@ FIRST_PAUSE = 0.25
 """Seconds before the second attempt, doubled before each further one and scattered by half."""
 LONGEST_PAUSE: Final = 10.0
 """Seconds."""
+
+
+_lock = threading.Lock()
+_made = 0
+
+
+def retries() -> int:
+    """How many requests this process has made again so far."""
+    return _made
 
 
 def retrying(request: Callable[[], _T]) -> _T:
@@ -37,4 +50,9 @@ def retrying(request: Callable[[], _T]) -> _T:
             if attempt == ATTEMPTS or not is_transient(error) or time.monotonic() + pause > deadline:
                 count_attempts(error, attempt)
                 raise
+            # By its class alone: what it says may have credentials in it.
+            log.info("a request to the storage failed (%s), and is made again in %.1f s", type(error).__name__, pause)
+        global _made
+        with _lock:
+            _made += 1
         time.sleep(pause)

@@ -113,8 +113,8 @@ class _Copy:
 
     def __init__(self, source: Storage, found: commit.Found, target: Storage, progress: Progress) -> None:
         self._source = source
+        self._found = found
         self._manifest = found.manifest
-        self._record = found.data
         self._target = target
         self._names = found.manifest.file_names()
         self._total = nbytes_of(found.manifest)
@@ -148,7 +148,7 @@ class _Copy:
                 objects[entry.file].append(entry)
             for name, entries in objects.items():
                 self._copy_objects(name, entries)
-            commit.publish_record(self._target, self._record, previous)
+            commit.publish_record(self._target, self._found.data, previous)
         except UncertainCommitError:  # what it names must stay
             commit.end_lease(self._target, save_id)
             raise
@@ -156,7 +156,7 @@ class _Copy:
             # The marker last: until it is gone no other copy writes files of these names.
             commit.abandon(self._target, save_id, [], also=[*self._nobodys(), filenames.marker_name(save_id)])
             raise
-        commit.clean(self._target, save_id)
+        commit.clean(self._target, self._found)
 
     def _nobodys(self) -> list[str]:
         """The files to come less those of a checkpoint that is there: another copy may have won."""
