@@ -4,7 +4,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -511,19 +510,3 @@ def test_failed_piece_blocks_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         writer.commit()
     writer.abort()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_names_of_directories_last_whoever_made_them(tmp_path, monkeypatch):
-    """A path that a script or another rank made a moment ago is lost with all in it if nobody syncs its parents."""
-    synced = []
-    stock = posix.sync_directory
-    monkeypatch.setattr(posix, "sync_directory", lambda directory: (synced.append(directory), stock(directory))[1])
-    above = [tmp_path, tmp_path / "runs", tmp_path / "runs" / "first"]
-    place = above[-1] / "step=1"
-    for existing in (None, above[1], above[2], place):
-        shutil.rmtree(above[1], ignore_errors=True)
-        if existing is not None:
-            existing.mkdir(parents=True)
-        synced.clear()
-        LocalStorage(place).prepare()
-        assert set(map(str, above)) <= set(synced)

@@ -342,7 +342,6 @@ def _try_link(source: str, target: str) -> bool:
 def _make_directories(directory: str) -> None:
     """Make a directory and its parents, and make them durable: a new name lasts once its parent has been synced."""
     if os.path.isdir(directory):
-        _sync_above(directory)
         return
     parent = os.path.dirname(directory)
     if parent != directory:
@@ -356,15 +355,6 @@ def _make_directories(directory: str) -> None:
                 "or choose another path"
             ) from None
     posix.sync_directory(parent)
-
-
-def _sync_above(directory: str) -> None:
-    """Make the name of a directory last, and those of its parents: whoever made them may not have seen to that."""
-    device = os.stat(directory).st_dev
-    while (parent := os.path.dirname(directory)) != directory and os.stat(parent).st_dev == device:
-        if os.access(parent, os.R_OK):  # else it cannot be synced alone, and was there long before
-            posix.sync_directory(parent)
-        directory = parent
 
 
 def _expand_user(path: str) -> Path:
