@@ -41,7 +41,7 @@ class Queue:
         self._newest = job.order.pending
         self._jobs.append(job)
         try:
-            self._background.submit(job.run)
+            self._background.submit(job.run, job.desert)
         except NotTakenError as error:
             # The others are under way, so this rank has to join them and say so.
             cause = error.__cause__ or error

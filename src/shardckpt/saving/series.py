@@ -15,7 +15,7 @@ import msgspec
 from shardckpt import commit
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, taking_part, turn
-from shardckpt.errors import RemoteError, StorageError
+from shardckpt.errors import StorageError
 from shardckpt.options import Path, SaveOptions
 from shardckpt.saving.halves import write
 from shardckpt.saving.jobs import AliasJob, Job, Order, failure
@@ -117,7 +117,8 @@ class Series:
 
     def _begin(self, request: Request, operation: Operation, pool: StagingPool) -> PendingSave:
         rank = operation.rank
-        with taking_part(operation):
+        begun: list[Job] = []
+        with taking_part(operation, begun):
             path, storage, flat, stepped, openings = self._open(request, operation)
             source = self._last.job if self._last is not None and may_share(openings, self._structure) else None
             descriptions = None if self._is_known(openings) else exchange(operation, flat)
@@ -141,33 +142,32 @@ class Series:
                     previous = commit.open_place(storage, save_id, needed, shares=source.shards_of if source else None)
                     placing.word = save_id.encode()
                     placing.undo = lambda: commit.abandon(storage, save_id, [0])
-        with _owing(operation, placing.undo) as begun:
-
-            def submit(job: Job) -> None:
-                begun.append(job)
-                self.queue.submit(job)
-
-            pending = PendingSave(path, placing.heard[0].decode())
-            order = Order(
-                pending=pending,
-                operation=background,
-                storage=storage,
-                structure=structure,
-                speaks=speaking,
-                skeleton=flat.skeleton,
-                objects=flat.objects,
-                own=own,
-                previous=previous,
-                commit_timeout=self._commit_timeout,
-                called=request.called,
-            )
-            if source is None:
-                write(
-                    order, flat, request.options.codec, pool=pool, memory=request.memory, stepped=stepped, submit=submit
+            with _undoing(placing.undo, begun):
+                pending = PendingSave(path, placing.heard[0].decode())
+                order = Order(
+                    pending=pending,
+                    operation=background,
+                    storage=storage,
+                    structure=structure,
+                    speaks=speaking,
+                    skeleton=flat.skeleton,
+                    objects=flat.objects,
+                    own=own,
+                    previous=previous,
+                    commit_timeout=self._commit_timeout,
+                    called=request.called,
                 )
-            else:
-                pending.share_staging(source.order.pending)
-                submit(AliasJob(order, source))
+
+                def submit(job: Job) -> None:
+                    begun.append(job)
+                    self.queue.submit(job)
+
+                if source is None:
+                    codec, memory = request.options.codec, request.memory
+                    write(order, flat, codec, pool=pool, memory=memory, stepped=stepped, submit=submit)
+                else:
+                    pending.share_staging(source.order.pending)
+                    submit(AliasJob(order, source))
         self._last = Last(begun[0], request.version, _own_structure(flat))
         pending.add_stall(time.monotonic() - request.called)
         return pending
@@ -218,17 +218,12 @@ class Series:
 
 
 @contextmanager
-def _owing(operation: Operation, undo: Callable[[], None]) -> Iterator[list[Job]]:
-    """Encloses what this rank does while the others wait for its word, which a job says once there is one.
-
-    Before, it is said here: an interrupt would leave them waiting. ``undo`` takes back what this rank has done.
-    """
-    begun: list[Job] = []
+def _undoing(undo: Callable[[], None], begun: Sequence[Job]) -> Iterator[None]:
+    """Encloses what this rank does before it has a job: if it never has one, ``undo`` takes back what it has done."""
     try:
-        yield begun
-    except BaseException as error:
+        yield
+    except BaseException:
         if not begun:
-            operation.fail("written", RemoteError(f"interrupted by {type(error).__name__}"))
             undo()
         raise
 
