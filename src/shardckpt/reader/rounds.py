@@ -88,18 +88,19 @@ def _over_group(call: Callable[[dist.ProcessGroup], T]) -> T:
     """
     try:
         return call(_groups[_world()])
-    except ShardckptError:
+    except ShardckptError as error:
+        _let_go(error)
         leave_group()
         raise
     except RuntimeError as error:
-        error.__traceback__ = None
+        _let_go(error)
         leave_group()
         raise RankTimeoutError(
             "a rank left in the middle of a load, or was silent for too long, while ranks read for each other; look at"
             f" the log of the rank that failed first ({first_line(error)})."
         ) from error
     except BaseException as error:
-        error.__traceback__ = None
+        _let_go(error)
         leave_group()
         raise
 
@@ -116,6 +117,14 @@ def _reduce(failed: torch.Tensor, listen: Callable[[], None], group: dist.Proces
             if work.is_completed():
                 raise
         listen()
+
+
+def _let_go(error: BaseException) -> None:
+    """Have an error, and those amid which it came, keep no frame that has the group."""
+    found: BaseException | None = error
+    while found is not None:
+        found.__traceback__ = None
+        found = found.__context__
 
 
 class _Passed(NamedTuple):
