@@ -9,6 +9,7 @@ import torch
 from shardckpt.background import PendingSave
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.indexing import Index
+from shardckpt.loading import OpenCheckpoint
 from shardckpt.options import Compression, Overlap, Path, SaveOptions
 from shardckpt.relocation import MapLocation
 from shardckpt.reports import SaveReport
@@ -111,4 +112,8 @@ def read_tensor(
     TensorNotFoundError, which names similar ones, where the checkpoint has none of that name; TensorIndexError, an
     IndexError, where the tensor has no such part.
     """
-    return _engine().open(path, storage_options=storage_options).read_tensor(name, index, map_location=map_location)
+
+    def act(opened: OpenCheckpoint) -> torch.Tensor:
+        return opened.read_tensor(name, index, map_location=map_location)
+
+    return _engine().reading(path, act, storage_options=storage_options)

@@ -169,7 +169,9 @@ class Background:
 
     def __init__(self) -> None:
         self._state = threading.Condition()
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()
+        self._desert: Callable[[], None] | None = None
+        """Of the job that is running."""
         self._runner: object | None = None
         """Stands for the thread that runs jobs; None where there is none."""
         self._pid = os.getpid()
@@ -180,14 +182,15 @@ class Background:
         with self._state:
             return self._runner is not None
 
-    def submit(self, job: Callable[[], None]) -> None:
+    def submit(self, job: Callable[[], None], desert: Callable[[], None] = lambda: None) -> None:
         """Run ``job`` after those submitted before it. It must not raise.
 
+        ``desert`` is called if the process ends before it is through, which takes an interrupt of the wait for it.
         Raises NotTakenError where it will not be run. An interruption that comes later is raised as it is.
         """
         self.check_fork()
         with self._state:
-            self._jobs.append(job)
+            self._jobs.append((job, desert))
             if self._runner is not None:
                 return
             thread = None
@@ -211,6 +214,12 @@ class Background:
             while self._runner is not None:
                 self._state.wait()
 
+    def desert(self) -> None:
+        """Say of all that is left to do that it will not be done."""
+        for desert in (self._desert, *(desert for _, desert in list(self._jobs))):
+            if desert is not None:
+                desert()
+
     def belongs_here(self) -> bool:
         """Whether this process made it: a forked child has none of the parent's threads, and half of its locks."""
         return os.getpid() == self._pid
@@ -232,20 +241,38 @@ class Background:
                     self._runner = None
                     self._state.notify_all()
                     return
-                job = self._jobs.popleft()
+                job, self._desert = self._jobs.popleft()
             try:
                 job()
             except BaseException:
                 log.exception("a background job of shardckpt failed unexpectedly")
+            del job
+            self._desert = None
+
+
+_last_of_all: list[Callable[[], None]] = []
+
+
+def at_end(act: Callable[[], None]) -> None:
+    """Have ``act`` called when this process ends, after it has waited for all that is in flight."""
+    _last_of_all.append(act)
 
 
 _all: "weakref.WeakSet[Background]" = weakref.WeakSet()
 
 
 def _wait_for_all() -> None:
-    for background in list(_all):
-        if background.belongs_here():
+    here = [background for background in list(_all) if background.belongs_here()]
+    try:
+        for background in here:
             background.wait()
+    except BaseException:
+        for background in here:
+            background.desert()
+        raise
+    finally:
+        for act in _last_of_all:
+            act()
 
 
 def _wait_before_executors_close() -> None:

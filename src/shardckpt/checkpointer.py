@@ -8,12 +8,17 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from shardckpt import commit, coordinator, loading, options, saving
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, taking_part, turn
-from shardckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StorageError
+from shardckpt.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    ObjectNotFoundError,
+    StorageError,
+)
 from shardckpt.loading import OpenCheckpoint
 from shardckpt.options import Compression, OnSaveError, Path, SaveOptions, ShareReads
 from shardckpt.relocation import MapLocation
@@ -29,7 +34,9 @@ SYNC_MEMORY: Final = 128 << 20
 """Bytes of staging memory that a synchronous save uses: it need not hold the whole shard."""
 
 _RESTARTS: Final = 3
-"""How often a load starts over because the checkpoint was overwritten while it read."""
+"""How often a load begins at most, where the checkpoint is overwritten while it reads."""
+
+T = TypeVar("T")
 
 
 class Checkpointer:
@@ -205,24 +212,51 @@ class Checkpointer:
         anything has been changed, TensorNotFoundError and UsageError for a prefix or a key map that does not fit,
         UnsafeLoadError, StorageError; on every rank, if on any.
         """
-        if state is None:
-            opened = self.open(path, storage_options=storage_options)
-            return opened.materialise(prefix, key_map=key_map, map_location=map_location, weights_only=weights_only)
+
+        def act(opened: OpenCheckpoint) -> Any:
+            if state is None:
+                return opened.materialise(prefix, key_map=key_map, map_location=map_location, weights_only=weights_only)
+            return opened.restore(
+                state,
+                prefix=prefix,
+                key_map=key_map,
+                strict=strict,
+                map_location=map_location,
+                weights_only=weights_only,
+                convert_dtype=convert_dtype,
+            )
+
+        return self.reading(path, act, storage_options=storage_options, collective=state is not None)
+
+    def reading(
+        self,
+        path: Path,
+        act: Callable[[OpenCheckpoint], T],
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        collective: bool = False,
+    ) -> T:
+        """What ``act`` makes of the checkpoint at ``path``, and of the new one if that is replaced under its hands.
+
+        ``collective`` is as for `open`. Raises CheckpointNotFoundError where the checkpoint was removed meanwhile.
+        """
         for attempt in range(_RESTARTS):
-            opened = self.open(path, storage_options=storage_options, collective=True)
+            opened = self.open(path, storage_options=storage_options, collective=collective)
             try:
-                return opened.restore(
-                    state,
-                    prefix=prefix,
-                    key_map=key_map,
-                    strict=strict,
-                    map_location=map_location,
-                    weights_only=weights_only,
-                    convert_dtype=convert_dtype,
-                )
+                return act(opened)
             except (CorruptCheckpointError, ObjectNotFoundError) as error:
                 # All ranks come here if one does, as the kind of error is the same on all.
-                if attempt + 1 == _RESTARTS or not self._overwritten(opened, error):
+                fate = self._fate(opened, collective=collective)
+                if fate == "removed":
+                    safety = " Nothing was changed." if collective and not opened.touched else ""
+                    raise CheckpointNotFoundError(
+                        f"the checkpoint at {opened.path} was removed while it was read: {error}.{safety}"
+                    ) from error
+                if fate == "other":
+                    raise type(error)(
+                        f"{error} Another save, of other tensors, has replaced it meanwhile: load again."
+                    ) from error
+                if fate != "replaced" or attempt + 1 == _RESTARTS:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
@@ -245,12 +279,12 @@ class Checkpointer:
             tell=self._tell,
         )
 
-    def _overwritten(self, opened: OpenCheckpoint, error: Exception) -> bool:
-        operation = self.begin(f"reload({opened.path!r})")
-        with turn(operation, "overwritten") as looked:
+    def _fate(self, opened: OpenCheckpoint, *, collective: bool) -> str:
+        operation = self.begin(f"reload({opened.path!r})") if collective else coordinator.begin_alone()
+        with turn(operation, "fate") as looked:
             if operation.rank == 0:
-                looked.word = b"yes" if loading.overwritten(opened, error) else b"no"
-        return looked.heard[0] == b"yes"
+                looked.word = opened.fate().encode()
+        return looked.heard[0].decode()
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 

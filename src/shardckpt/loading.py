@@ -15,8 +15,6 @@ from shardckpt.box import full_box
 from shardckpt.codecs import torch_dtype
 from shardckpt.coordinator import Operation, taking_part, turn
 from shardckpt.errors import (
-    CorruptCheckpointError,
-    ObjectNotFoundError,
     ShardckptError,
     TensorNotFoundError,
 )
@@ -112,6 +110,8 @@ class OpenCheckpoint:
         self._patience = patience
         self._share_reads = share_reads
         self._tell = tell
+        self.touched = False
+        """Whether the state may have been changed."""
 
     def keys(self) -> list[Any]:
         """The top-level keys of the state."""
@@ -199,6 +199,7 @@ class OpenCheckpoint:
             others_may_have = operation.world_size > 1
             # What was placed while reading may be in new tensors only, which nobody has seen.
             safely = telling(self.path, lambda: (stats.placing and bool(match.targets)) or others_may_have)
+            self.touched = True
             with turn(operation, "restore", self._patience), safely:
                 read_together(reading, checked.heard, operation, patience=self._patience)
                 del reading  # it holds what was read, of which `settle` may make copies elsewhere
@@ -210,6 +211,7 @@ class OpenCheckpoint:
                 log.warning(
                     "%s has nothing for this state: no tensor was restored, and strict=False lets that pass", self.path
                 )
+            operation.see_off("place")
             left_on_meta = [name for name, tensor in on_meta if tensor.is_meta]
             if left_on_meta:
                 log.warning(
@@ -256,6 +258,24 @@ class OpenCheckpoint:
         Reading(plan, [Target(name, box, tensor)], pool=self._pool).alone()
         # What lies between the steps of a slice is not kept.
         return relocate(tensor[within].contiguous(), entry.location)
+
+    def fate(self) -> str:
+        """What has become of the checkpoint while it was read, so that a file was not as the manifest says.
+
+        "" for nothing; "removed"; "replaced", where to start again on the new one restores all that this one did; or
+        "other" where that would leave a mixture.
+        """
+        try:
+            found = commit.find(self.storage)
+        except ShardckptError:  # what went wrong before says more
+            return ""
+        if found is None:
+            return "removed"
+        new, old = found.manifest, self.manifest
+        if new.save_id == old.save_id:
+            return ""
+        names = ({*manifest.tensors, *manifest.aliases} for manifest in (old, new))
+        return "replaced" if not self.touched or set.issubset(*names) else "other"
 
     def _part(self, prefix: Prefix, key_map: KeyMap | None, state: Any, *, strict: bool) -> Any:
         """The node at ``prefix`` under the names that ``key_map`` gives; ``state`` is what it is restored into."""
@@ -334,14 +354,3 @@ class OpenCheckpoint:
             maker.objects[path] = read_object(
                 self.path, self.manifest, self.storage, path, map_location=map_location, weights_only=weights_only
             )
-
-
-def overwritten(opened: OpenCheckpoint, error: Exception) -> bool:
-    """Whether a load failed because another save replaced the checkpoint meanwhile, so that it is worth a new start."""
-    if not isinstance(error, (CorruptCheckpointError, ObjectNotFoundError)):
-        return False
-    try:
-        found = commit.find(opened.storage)
-    except ShardckptError:  # what went wrong before says more
-        return False
-    return found is not None and found.manifest.save_id != opened.manifest.save_id

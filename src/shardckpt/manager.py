@@ -121,11 +121,11 @@ class CheckpointManager:
             found = [one for one in found if one.step == step]
             if not found:
                 raise CheckpointNotFoundError(f"there is no complete checkpoint of step {step} in {self.root}")
-        damaged: CorruptCheckpointError | None = None
+        damaged: CorruptCheckpointError | CheckpointNotFoundError | None = None
         for one in reversed(found):
             try:
                 self._checkpointer.load(one.path, state, storage_options=self._storage_options, **how)
-            except CorruptCheckpointError as error:
+            except (CorruptCheckpointError, CheckpointNotFoundError) as error:  # or removed by another job meanwhile
                 log.warning("skipping a damaged checkpoint: %s", error)
                 damaged = damaged or error
                 continue
@@ -198,6 +198,8 @@ class CheckpointManager:
             except CorruptCheckpointError as error:
                 log.warning("skipping a damaged checkpoint: %s", error)
                 damaged.append(error)
+            except CheckpointNotFoundError:  # removed by another job meanwhile
+                continue
         if damaged and not found:
             raise damaged[0]
         return sorted(found, key=lambda one: one.save_id)

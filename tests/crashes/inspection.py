@@ -17,7 +17,8 @@ def inspect(root: Path, name: str, claims: dict[int, str]) -> list[str]:
     """What is wrong in ``root`` after scenario ``name``, where ranks that survived made ``claims``."""
     wrong: list[str] = []
     scenario = SCENARIOS[name]
-    found = {place: value_at(root / place, wrong) for place in sorted(set(os.listdir(root)) | {"a", "b", "c"})}
+    places = {*os.listdir(root), "a", "b", "c", *scenario.may}
+    found = {place: value_at(root / place, wrong) for place in sorted(places)}
     for place, value in found.items():
         may = scenario.may.get(place, ({"a": 1, "b": 2}.get(place, ABSENT),))
         if value not in may:
@@ -59,7 +60,7 @@ def value_at(place: Path, wrong: list[str]) -> int | None:
 
 def _check_rubbish(root: Path, wrong: list[str]) -> None:
     """After `prune` a place has what its commit record names, and nothing else, and is gone where it has none."""
-    for place in sorted(root.iterdir()):
+    for place in sorted(Path(folder) for folder, below, _ in os.walk(root) if not below):
         for path in place.glob(f"{TEMP_PREFIX}*"):  # which only an age tells from one that is being written
             os.utime(path, times=(time.time() - 3600,) * 2)
         Checkpointer().prune(place)

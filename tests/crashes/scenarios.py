@@ -3,6 +3,7 @@
 Before each there are the checkpoints ``a`` and ``b`` in a directory, of the states 1 and 2.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,13 @@ def state_of(rank: int, value: float) -> dict[str, Any]:
 
 def _save(engine: Checkpointer, rank: int, root: str) -> None:
     engine.async_save(state_of(rank, NEW), f"{root}/c").result()
+
+
+def _save_deep(engine: Checkpointer, rank: int, root: str) -> None:
+    """Below directories that somebody has made who did not sync them, and others that have yet to be made."""
+    if rank == 0:
+        os.makedirs(f"{root}/deep/run")
+    engine.async_save(state_of(rank, NEW), f"{root}/deep/run/few/c").result()
 
 
 def _overwrite(engine: Checkpointer, rank: int, root: str) -> None:
@@ -88,6 +96,7 @@ class Scenario:
 
 SCENARIOS = {
     "save": Scenario(_save, {"c": (ABSENT, NEW)}),
+    "deep": Scenario(_save_deep, {"deep/run/few/c": (ABSENT, NEW)}),
     "overwrite": Scenario(_overwrite, {"b": (2, NEW)}),
     "compressed": Scenario(_compressed, {"b": (2, NEW)}),
     "replace": Scenario(_replace, {"b": (2, ABSENT), "c": (ABSENT, NEW)}),

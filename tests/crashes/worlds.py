@@ -23,6 +23,9 @@ PATIENCE: Final = 0.5
 """Seconds that ranks wait for each other where one is killed."""
 
 
+NEVER: Final = 1 << 30
+"""The number of a point that nobody comes to: all end well, and lose power then."""
+
 STORE_SECONDS: Final = 5.0
 """For how long torch tries to connect to a Store whose host is dead."""
 

@@ -316,6 +316,47 @@ def killed(rank: int, path: str, victim: int, at: int) -> str:
     return "loaded"
 
 
+def interrupted(rank: int, path: str, who: int) -> str:
+    """Ctrl-C on one rank between two steps of an exchange; what this rank is told, and whether the next load works."""
+
+    def interrupt() -> float:
+        raise KeyboardInterrupt
+
+    live, told = state("plain", fill=False), "loaded"
+    rounds.leave_group()
+    try:
+        with small_scale(), ExitStack() as stack:
+            if rank == who:
+                stack.enter_context(mock.patch.object(rounds, "time", mock.Mock(perf_counter=interrupt)))
+            Checkpointer(timeout=600, commit_timeout=600, share_reads=True).load(path, live)
+    except shardckpt.ShardckptError as error:
+        told = str(error)
+    except KeyboardInterrupt:
+        told = "KeyboardInterrupt"
+    load(rank, path, "columns", True)
+    return told
+
+
+def standing_still(rank: int, death: Any, path: str, who: int) -> str:
+    """One rank stops in the middle of reading, and is as good as dead; what the others are told."""
+
+    class Still(WrapperStorage):
+        left = 3
+
+        def called(self, method: str, name: str, nbytes: int) -> None:
+            self.left -= method == "read_into"
+            if self.left < 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    live = state("plain", fill=False)
+    try:
+        with small_scale(), storage_made(lambda storage: Still(storage) if rank == who else storage):
+            Checkpointer(timeout=30, commit_timeout=2, share_reads=True).load(path, live)
+    except shardckpt.RankTimeoutError as error:
+        return str(error)
+    return "loaded"
+
+
 ROWS, COLUMNS = 40_003, 1025
 """156 MiB of float32, in pieces of more than 40 MiB on 2 and 3 ranks and 39.1 on 4, that no block size divides."""
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -164,22 +165,37 @@ def manager_of_one(rank: int, path: str) -> list[int]:
         return manager.steps()
 
 
-def interrupted_before_its_job(rank: int, path: str) -> tuple[str, str]:
-    """Ctrl-C on rank 0 between the last agreement and its job, while rank 1 writes already."""
-    engine = Checkpointer(timeout=LONG, commit_timeout=LONG)
+def overwritten_load(rank: int, path: str, at: str, share: bool) -> float:
+    """Rank 1 overwrites a checkpoint alone, while both load it; the value that this rank ends with."""
+    engine = Checkpointer(timeout=30, commit_timeout=30, share_reads=share)
+    live = {"t": torch.zeros(1 << 20)}
+    engine.save({"t": torch.ones(1 << 20)}, path)
+    left = [2.0]
 
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    def overwriting(call: Any) -> Any:
+        def called(*args: Any, **options: Any) -> Any:
+            found = call(*args, **options) if at == "manifest" else None
+            while left:
+                Checkpointer(alone=True).save({"t": torch.full((1 << 20,), left.pop())}, path)
+            return found if at == "manifest" else call(*args, **options)
 
-    with impatient():
-        try:
-            if rank == 0:
-                with mock.patch.object(series, "write", interrupt):
-                    engine.save({"t": torch.ones(3)}, path)
-            else:
-                engine.save({"t": torch.ones(3)}, path)
-        except BaseException as error:  # noqa: BLE001 - it is what the test asks for
-            found = told(error)
-        dist.barrier()
-    in_step(path)
-    return found
+        return called
+
+    name = "read_manifest" if at == "manifest" else "read_together"
+    with mock.patch.object(loading, name, (overwriting if rank == 1 else lambda call: call)(getattr(loading, name))):
+        engine.load(path, live)
+    (value,) = live["t"].unique().tolist()
+    dist.barrier()
+    return value
+
+
+def owed_in_a_fork(rank: int, path: str) -> tuple[int, int]:
+    """How much this rank has said that others may not have heard, and what a child that it forks has of that."""
+    Checkpointer(timeout=30).save({"t": torch.zeros(3)}, path)
+    owed = sum(map(len, coordinated._unheard.values()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it has threads, and the child does nothing with them
+        child = os.fork()
+    if child == 0:
+        os._exit(sum(map(len, coordinated._unheard.values())))
+    return owed, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -8,6 +8,7 @@ import torch
 
 import ranks
 from multirank import exchange_cases as cases
+from multirank import processes
 
 pytestmark = pytest.mark.multiprocess
 
@@ -156,9 +157,28 @@ def test_groups_come_and_go(written):
         for rank, pipe in enumerate(world._pipes):
             if rank != victim:
                 assert pipe.poll(40), f"rank {rank} hangs"
-                assert "a rank left in the middle of a load" in pipe.recv()
+                told = pipe.recv()
+                assert "a rank left in the middle of a load" in told
+                assert f"no answer from rank {victim}: " in told
+                assert "partly restored" in told
     finally:
         world.stop()
+
+
+@pytest.mark.parametrize("who", (0, 1))
+def test_a_rank_that_is_interrupted_in_an_exchange_says_so(written, who):
+    """Whatever ends one rank's part where the others can't be told over the group, they hear, and of whom."""
+    told = ranks.world(2).run(cases.interrupted, written[None], who)
+    assert told[who] == "KeyboardInterrupt"
+    assert f"rank {who}: interrupted by KeyboardInterrupt" in told[1 - who]
+    assert "partly restored" in told[1 - who]
+
+
+def test_a_rank_that_stands_still_is_named(written):
+    """A rank that neither reads nor dies is waited for as long as `commit_timeout` says, and then named."""
+    for told in processes.run(cases.standing_still, 3, written[None], 1, without=(1,))[::2]:
+        assert "no answer from rank 1: " in told
+        assert "partly restored" in told
 
 
 @pytest.mark.parametrize("target", (2, 4))

@@ -7,15 +7,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Self
 
-Fault = Literal["reset", "halfway", "503", "501", "403", "expired", "skewed", "lost", "cut", "short", "slow"]
+Fault = str
 """What may happen to a request.
 
 ``reset``: the connection is reset before the server hears of it; ``halfway``: when half of the request's body has
 come. ``lost``: the server does its work, and the connection is reset before its answer. ``cut``: the answer ends in the
 middle with a reset; ``short``: it does so with a polite end. ``slow``: the answer's first byte takes `SLOW` seconds.
-The others are refusals.
+The others are refusals: those of `_REFUSALS`, and otherwise a status and the store's word for it ("429 SlowDown").
 """
 
 Rule = Callable[[str, dict[str, str]], Fault | None]
@@ -23,12 +23,12 @@ Rule = Callable[[str, dict[str, str]], Fault | None]
 
 SLOW = 0.3
 
-_REFUSALS: dict[str, tuple[int, str]] = {
-    "503": (503, "SlowDown"),
-    "501": (501, "NotImplemented"),
-    "403": (403, "AccessDenied"),
-    "expired": (400, "ExpiredToken"),
-    "skewed": (403, "RequestTimeTooSkewed"),
+_REFUSALS: dict[str, tuple[str, str]] = {
+    "503": ("503", "SlowDown"),
+    "501": ("501", "NotImplemented"),
+    "403": ("403", "AccessDenied"),
+    "expired": ("400", "ExpiredToken"),
+    "skewed": ("403", "RequestTimeTooSkewed"),
 }
 
 PASSING: tuple[Fault, ...] = ("reset", "halfway", "503", "lost", "cut", "short", "slow")
@@ -155,7 +155,7 @@ class Proxy:
             body = self._received(client, body, lambda data: data.endswith(b"\r\n\r\n"))
         else:
             body = self._received(client, body, lambda data: len(data) >= length)
-        if fault in _REFUSALS:
+        if fault is not None and (fault in _REFUSALS or " " in fault):
             client.sendall(_refusal(fault, with_body=not line.startswith("HEAD ")))
             return
         answer = self._answer(line, headers, body)
@@ -202,7 +202,7 @@ class Proxy:
 
 
 def _refusal(fault: str, *, with_body: bool) -> bytes:
-    status, code = _REFUSALS[fault]
+    status, code = _REFUSALS.get(fault) or fault.split()
     body = f"<Error><Code>{code}</Code><Message>not now</Message></Error>".encode()
     head = f"HTTP/1.1 {status} No\r\nContent-Type: application/xml\r\nConnection: close\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + (body if with_body else b"")

@@ -1,6 +1,6 @@
 """One call of shardckpt that ranks make together: how a rank takes part in it, and its twin for one process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -28,6 +28,15 @@ class Operation(Protocol):
     def leave(self, error: Exception) -> None:
         """Tell the others, at whatever point they are, that this rank goes no further; waits for nobody."""
 
+    def listen(self, point: str) -> None:
+        """Raise what a rank said went wrong at ``point``, or has left of, if any has; waits for nobody."""
+
+    def roll_call(self, listen: Callable[[], None]) -> list[int]:
+        """After an error that all others meet too: the ranks that do not come here within a few seconds.
+
+        ``listen`` may raise what one of them says instead.
+        """
+
     def post(self, point: str, word: bytes | Exception) -> None:
         """Say ``word`` without waiting; safe in a background thread, as are the three below."""
 
@@ -36,6 +45,9 @@ class Operation(Protocol):
 
     def announce(self, point: str, word: bytes | Exception) -> None:
         """Rank 0: say what all the others wait for."""
+
+    def see_off(self, point: str) -> None:
+        """Rank 0: give the others a few seconds to hear what it announced: with its process the Store may end."""
 
     def hear(self, point: str, timeout: float) -> bytes:
         """Other ranks: what rank 0 announced at ``point``, raising if that is an error."""
@@ -67,7 +79,7 @@ def turn(operation: Operation, point: str, timeout: float | None = None) -> Iter
         operation.agree(point, error, timeout)
         raise
     except BaseException as error:
-        operation.fail(point, told(error))
+        operation.fail(point, told(error, operation.rank))
         raise
     try:
         own.heard = operation.agree(point, own.word, timeout)
@@ -77,19 +89,22 @@ def turn(operation: Operation, point: str, timeout: float | None = None) -> Iter
 
 
 @contextmanager
-def taking_part(operation: Operation) -> Iterator[None]:
-    """Enclose what lies between the turns too: what ends it is told to the others, unless all have agreed on it."""
+def taking_part(operation: Operation, begun: Sequence[object] = ()) -> Iterator[None]:
+    """Enclose what lies between the turns too: what ends it is told to the others, unless all have agreed on it.
+
+    Nor is it once anything has ``begun``, which then tells them how it ends.
+    """
     try:
         yield
     except BaseException as error:
-        if operation.verdict is None:
-            operation.leave(told(error))
+        if operation.verdict is None and not begun:
+            operation.leave(told(error, operation.rank))
         raise
 
 
-def told(error: BaseException) -> Exception:
+def told(error: BaseException, rank: int) -> Exception:
     """What the others hear of what ended this rank's part: an interruption is one for this process alone."""
-    return error if isinstance(error, Exception) else RemoteError(f"interrupted by {type(error).__name__}")
+    return error if isinstance(error, Exception) else RemoteError(f"rank {rank}: interrupted by {type(error).__name__}")
 
 
 class SoloOperation:
@@ -119,6 +134,12 @@ class SoloOperation:
     def leave(self, error: Exception) -> None:  # noqa: ARG002 - the signature is Operation's
         return
 
+    def listen(self, point: str) -> None:  # noqa: ARG002 - the signature is Operation's
+        return
+
+    def roll_call(self, listen: Callable[[], None]) -> list[int]:  # noqa: ARG002 - the signature is Operation's
+        return []
+
     def post(self, point: str, word: bytes | Exception) -> None:
         if isinstance(word, Exception):
             raise word
@@ -128,6 +149,9 @@ class SoloOperation:
         return [self._said.pop(point)]
 
     def announce(self, point: str, word: bytes | Exception) -> None:  # noqa: ARG002 - the signature is Operation's
+        return
+
+    def see_off(self, point: str) -> None:  # noqa: ARG002 - the signature is Operation's
         return
 
     def hear(self, point: str, timeout: float) -> bytes:  # noqa: ARG002 - the signature is Operation's

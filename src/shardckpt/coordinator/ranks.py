@@ -1,15 +1,19 @@
 """The operation of several ranks: words that are keys of the c10d Store."""
 
 import logging
+import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
 
 from shardckpt import errors
+from shardckpt.background import at_end
 from shardckpt.errors import ConflictingStateError, RankTimeoutError, ShardckptError
 from shardckpt.wordstore import WordStore
 
@@ -26,6 +30,9 @@ _LEFT: Final = "left"
 _PATIENT_SECONDS: Final = 5.0
 """How long a rank waits at most without hearing of an interrupt."""
 _PAUSE_SECONDS: Final = 0.5
+_PAUSE_SHARE: Final = 0.05
+_LONGEST_BACKGROUND_PAUSE_SECONDS: Final = 2.0
+"""How long a rank that waits in the background pauses before it asks again: a share of what it has waited so far."""
 
 _FIRST_PAUSE_SECONDS: Final = 0.0002
 _LONGEST_PAUSE_SECONDS: Final = 0.05
@@ -42,6 +49,24 @@ class _Word(msgspec.Struct, array_like=True):
     silent: tuple[int, ...] = ()
     """Ranks that were not waited for any longer."""
 
+
+_UNHEARD: Final = 8
+_unheard: "weakref.WeakKeyDictionary[Any, deque[str]]" = weakref.WeakKeyDictionary()
+"""By Store, the last keys for all others that rank 0 has set, and which whoever hears of it last removes."""
+
+
+def _linger() -> None:
+    """Rank 0, at the end of its process, with which the Store may end: give the others a few seconds to hear it."""
+    deadline = time.monotonic() + _PATIENT_SECONDS
+    for store, keys in list(_unheard.items()):
+        with suppress(RuntimeError):
+            while any(store.check([key]) for key in keys) and time.monotonic() < deadline:
+                time.sleep(_LONGEST_PAUSE_SECONDS)
+
+
+at_end(_linger)
+# A forked child, of a DataLoader say, has the parent's connections, and must not speak on them.
+os.register_at_fork(after_in_child=_unheard.clear)
 
 _counters: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
 """Operations begun so far, by the Store they go through: a new process group counts from zero again."""
@@ -112,7 +137,7 @@ class StoreOperation:
         return point if self._joined else _FIRST
 
     def leave(self, error: Exception) -> None:
-        self._store.set(self._key(_LEFT), self._encoded(error))
+        self._tell(self._key(_LEFT), error)
 
     def post(self, point: str, word: bytes | Exception) -> None:
         said = self._encoded(word)
@@ -122,22 +147,30 @@ class StoreOperation:
         self._store.set(self._key(point, self.rank), said)
 
     def announce(self, point: str, word: bytes | Exception) -> None:
-        self._store.set(self._key(point, "all"), self._encoded(word))
+        self._tell(self._key(point, "all"), word)
         self._store.drop(self._key(point, self.rank))
+
+    def _tell(self, key: str, word: bytes | Exception) -> None:
+        if self.rank == 0:
+            _unheard.setdefault(self._store.origin, deque(maxlen=_UNHEARD)).append(key)
+        self._store.set(key, self._encoded(word))
+
+    def see_off(self, point: str) -> None:
+        deadline = time.monotonic() + _PATIENT_SECONDS
+        pause = _FIRST_PAUSE_SECONDS
+        # Whoever hears it last removes it.
+        while self._store.has(self._key(point, "all")) and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(1.25 * pause, _LONGEST_PAUSE_SECONDS)
 
     def collect(self, point: str, timeout: float) -> list[bytes]:
         keys = [self._key(point, rank) for rank in range(self.world_size)]
-        failed, left = self._key(point, "failed"), self._key(_LEFT)
+        failed = self._key(point, "failed")
         deadline = time.monotonic() + timeout
         pause = _FIRST_PAUSE_SECONDS
         # Asking again and again, by one rank, lets a failure end the wait; `Store.wait` can only wait for all keys.
         while not self._store.has(*keys):
-            if self._store.has(failed):
-                word = self._get(failed)
-                self._store.drop(failed)
-                raise _error_from(word)
-            if self._store.has(left):
-                raise _error_from(self._get(left))
+            self.listen(point)
             if time.monotonic() > deadline:
                 silent = tuple(rank for rank, key in enumerate(keys) if not self._store.has(key))
                 raise self._timed_out(silent, point, timeout)
@@ -150,6 +183,30 @@ class StoreOperation:
                 self._store.drop(failed)
                 raise _error_from(word)
         return [word.payload for word in words]
+
+    def listen(self, point: str) -> None:
+        if self._store.has(failed := self._key(point, "failed")):
+            word = self._get(failed)
+            if self.rank == 0:
+                self._store.drop(failed)
+            raise _error_from(word)
+        self._check_left()
+
+    def _check_left(self) -> None:
+        if self._store.has(left := self._key(_LEFT)):
+            word = self._get(left)
+            if word.rank == 0:
+                self._mark_heard(left)
+            raise _error_from(word)
+
+    def roll_call(self, listen: Callable[[], None]) -> list[int]:
+        self._store.set(self._key("roll", self.rank), b"")
+        deadline = time.monotonic() + _PATIENT_SECONDS
+        keys = [self._key("roll", rank) for rank in range(self.world_size)]
+        while not self._store.has(*keys) and time.monotonic() < deadline:
+            listen()
+            time.sleep(_LONGEST_PAUSE_SECONDS)
+        return [rank for rank, key in enumerate(keys) if not self._store.has(key)]
 
     def hear(self, point: str, timeout: float, *, give_back: bool = False) -> bytes:
         """See `Operation`. ``give_back``: if rank 0 stays silent, this rank has not made the call either."""
@@ -171,21 +228,18 @@ class StoreOperation:
     def _wait(self, key: str, seconds: float) -> bool:
         """Wait until a key is there, or raise what a rank has left of; whether it is in time."""
         # An interrupt does not end the Store's own wait, nor does it hear of a rank that has left; asking again and
-        # again would be slow at first, and is a burden where training goes on meanwhile.
-        deadline = time.monotonic() + seconds
+        # again would be slow at first, and is a burden only for as long as nothing else goes on.
         is_background = threading.current_thread() is not threading.main_thread()
-        if self._store.wait(key, min(seconds, _PATIENT_SECONDS)):
+        started = time.monotonic()
+        if not is_background and self._store.wait(key, min(seconds, _PATIENT_SECONDS)):
             return True
         while not self._store.has(key):
-            if self._store.has(left := self._key(_LEFT)):
-                raise _error_from(self._get(left))
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            self._check_left()
+            waited = time.monotonic() - started
+            if waited > seconds:
                 return False
-            if is_background:
-                self._store.wait(key, min(remaining, _PATIENT_SECONDS))
-            else:
-                time.sleep(min(remaining, _PAUSE_SECONDS))
+            pause = min(max(_FIRST_PAUSE_SECONDS, _PAUSE_SHARE * waited), _LONGEST_BACKGROUND_PAUSE_SECONDS)
+            time.sleep(pause if is_background else _PAUSE_SECONDS)
         return True
 
     def _catch_up(self, point: str) -> None:

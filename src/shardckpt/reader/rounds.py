@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from shardckpt.box import Box, intersect
 from shardckpt.codecs import ITEMSIZE, torch_dtype
-from shardckpt.errors import RankTimeoutError, first_line
+from shardckpt.errors import RankTimeoutError, ShardckptError, first_line
 from shardckpt.reader.exchange import LIMIT, Exchange, Group, Part, Round
 from shardckpt.reader.place import Placement, Target
 from shardckpt.reader.targets import Reading
@@ -34,6 +34,8 @@ _SMALL: Final = 2 << 20
 """Bytes of the buffers with which an exchange begins."""
 _SLACK: Final = 1 << 20
 """Bytes of a buffer beyond `LIMIT`, for alignment."""
+
+_SLICE: Final = timedelta(seconds=1)
 
 _groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
 """Ours, by the default group that has the same ranks: a job may destroy its groups and make new ones."""
@@ -63,8 +65,13 @@ def join_group(seconds: float) -> bool:
 def leave_group() -> None:
     """Close this rank's connections, if it has any: an error for all who wait for it."""
     group = _groups.pop(_world(), None)
-    if group is not None:
-        dist.destroy_process_group(group)
+    if group is None:
+        return
+    dist.destroy_process_group(group)
+    held = [group]
+    del group
+    # Letting go of the last reference waits for what is under way in the group, which an interrupt has left.
+    threading.Thread(target=held.clear, name="shardckpt-leave", daemon=True).start()
 
 
 def _world() -> dist.ProcessGroup:
@@ -81,17 +88,43 @@ def _over_group(call: Callable[[dist.ProcessGroup], T]) -> T:
     """
     try:
         return call(_groups[_world()])
-    except RuntimeError as error:
-        error.__traceback__ = None
-        leave_group()
-        raise RankTimeoutError(
-            "a rank left in the middle of a load, while ranks read for each other; look at the log of the rank that"
-            f" failed first ({first_line(error)})."
-        ) from error
-    except BaseException as error:
-        error.__traceback__ = None
+    except ShardckptError as error:
+        _let_go(error)
         leave_group()
         raise
+    except RuntimeError as error:
+        _let_go(error)
+        leave_group()
+        raise RankTimeoutError(
+            "a rank left in the middle of a load, or was silent for too long, while ranks read for each other; look at"
+            f" the log of the rank that failed first ({first_line(error)})."
+        ) from error
+    except BaseException as error:
+        _let_go(error)
+        leave_group()
+        raise
+
+
+def _reduce(failed: torch.Tensor, listen: Callable[[], None], group: dist.ProcessGroup) -> None:
+    """Wait for all ranks, in slices: only between them is an interrupt, or what is said elsewhere, heard of."""
+    work = dist.all_reduce(failed, dist.ReduceOp.MAX, group=group, async_op=True)
+    assert work is not None, "every rank is in the group"
+    while True:
+        try:
+            work.wait(_SLICE)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                raise
+        listen()
+
+
+def _let_go(error: BaseException) -> None:
+    """Have an error, and those amid which it came, keep no frame that has the group."""
+    found: BaseException | None = error
+    while found is not None:
+        found.__traceback__ = None
+        found = found.__context__
 
 
 class _Passed(NamedTuple):
@@ -137,12 +170,13 @@ class _Message(NamedTuple):
 class Rounds:
     """One rank's part in the rounds of an `Exchange`. All ranks call the same methods in the same order."""
 
-    def __init__(self, plan: Exchange, reading: Reading, rank: int) -> None:
-        """Takes memory only; the rest needs `join_group`."""
+    def __init__(self, plan: Exchange, reading: Reading, rank: int, listen: Callable[[], None]) -> None:
+        """Takes memory only; the rest needs `join_group`. ``listen`` raises what other ranks have left of, if any."""
         self.plan = plan
         self._reading = reading
         self._rank = rank
         self._view = plan.view_of[rank]
+        self._listen = listen
         # One is filled while another is sent.
         self._sending = [_room(0), _room(0)]
         self._receiving = _room(0)
@@ -152,7 +186,7 @@ class Rounds:
     def meet(self, failure: BaseException | None = None) -> bool:
         """Wait for all ranks, and tell them whether this one has failed; whether none has."""
         failed = torch.tensor([failure is not None], dtype=torch.int32)
-        _over_group(partial(dist.all_reduce, failed, dist.ReduceOp.MAX))
+        _over_group(partial(_reduce, failed, self._listen))
         return not failed.item()
 
     def run(self, rounds: Sequence[Round], failure: BaseException | None = None) -> bool:
@@ -181,6 +215,9 @@ class Rounds:
             else:
                 if failure is None:
                     return True
+        except BaseException:
+            leave_group()  # the others have not been told
+            raise
         finally:
             if ahead is not None:
                 ahead.wait()

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Final
 
 import msgspec
@@ -12,6 +13,7 @@ import zstandard
 from shardckpt.box import Box
 from shardckpt.codecs import ITEMSIZE, digest, digests_text
 from shardckpt.coordinator import Operation, turn
+from shardckpt.errors import RankTimeoutError
 from shardckpt.manifest import Manifest
 from shardckpt.options import ShareReads
 from shardckpt.planner import Wanted
@@ -140,7 +142,7 @@ def _join(plan: Exchange, reading: Reading, operation: Operation, patience: floa
     with turn(operation, "rounds") as ready:
         # Whatever may fail on one rank does so here: from now on the others wait for it in collectives.
         reading.ready()
-        rounds = Rounds(plan, reading, operation.rank)
+        rounds = Rounds(plan, reading, operation.rank, partial(_listen, operation))
         ready.word = b"has" if has_group() else b""
     if all(ready.heard):
         return rounds
@@ -155,7 +157,7 @@ def _share(rounds: Rounds, reading: Reading, operation: Operation, patience: flo
     left = plan.rounds
     if plan.trial:
         first, left = left[:TRIAL_ROUNDS], left[TRIAL_ROUNDS:]
-        with turn(operation, "trial", patience) as tried:
+        with turn(operation, "trial", patience) as tried, _naming(operation):
             tried.word = msgspec.msgpack.encode(_try(plan, first, reading, rounds, rank, crowd))
         seconds = [msgspec.msgpack.decode(word, type=tuple[float, float]) for word in tried.heard]
         cells = sum(part.stop - part.first for part in plan.trial)
@@ -171,9 +173,27 @@ def _share(rounds: Rounds, reading: Reading, operation: Operation, patience: flo
             mine = [part for part in parts if plan.view_of[rank] in part.views]
             reading.cells(runs_of([*plan.own[rank], *mine]), {}, crowd)
             return
-    with turn(operation, "exchange", patience):
+    with turn(operation, "exchange", patience), _naming(operation):
         rounds.run(left)
     reading.cells(runs_of(plan.own[rank]), {})
+
+
+def _listen(operation: Operation) -> None:
+    for point in ("trial", "exchange"):
+        operation.listen(point)
+
+
+@contextmanager
+def _naming(operation: Operation) -> Iterator[None]:
+    """Have an error that a rank is gone, which all others meet, say which."""
+    try:
+        yield
+    except RankTimeoutError as error:
+        silent = operation.roll_call(partial(_listen, operation))
+        if not silent:  # the one that failed first says so itself
+            raise
+        named = RankTimeoutError(f"no answer from {', '.join(f'rank {rank}' for rank in silent)}: {error}")
+        raise named from error
 
 
 def _try(

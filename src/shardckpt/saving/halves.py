@@ -8,7 +8,6 @@ from typing import Final
 
 from shardckpt import filenames
 from shardckpt.background import PendingSave
-from shardckpt.coordinator import told
 from shardckpt.garbage import held_off
 from shardckpt.launch import cores_per_rank
 from shardckpt.saving.jobs import Order
@@ -68,7 +67,7 @@ def write(
         staging = _Staging(writer, found, pool, memory, order.operation.world_size)
     except BaseException as error:
         # The others are under way: this rank has to join them and say so.
-        job = SaveJob(order, told(error))
+        job = SaveJob(order, error)
         submit(job)
         order.pending.mark_staged()
         if not isinstance(error, Exception):
@@ -166,7 +165,7 @@ def _telling(writer: ShardWriter) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        writer.cancel(told(error))
+        writer.cancel(error)
         if not isinstance(error, Exception):
             raise
 

@@ -11,7 +11,7 @@ import msgspec
 
 from shardckpt import commit
 from shardckpt.background import PendingSave
-from shardckpt.coordinator import Operation
+from shardckpt.coordinator import Operation, told
 from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError, UncertainCommitError
 from shardckpt.filenames import MANIFEST
 from shardckpt.manifest import Manifest
@@ -53,8 +53,15 @@ def settle(
     except Exception as error:
         operation.announce("written", error)
         raise
+    except BaseException as error:
+        uncertain = UncertainCommitError(
+            f"rank 0 was interrupted by {type(error).__name__} in the commit, which may have been made; load it to see."
+        )
+        operation.announce("written", uncertain)
+        raise uncertain from error
     try:
         operation.announce("written", verdict)
+        operation.see_off("written")
     except RankTimeoutError as error:  # the commit stands, whether or not the others hear of it
         log.warning("committed, but the other ranks could not be told: %s", error)
     return verdict
@@ -149,12 +156,13 @@ class Job:
             said, rank_nbytes = self._put()
             written = order.seconds()
             word = msgspec.msgpack.encode(_Part(written, said))
-        except Exception as error:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
-            word = error
+        except BaseException as caught:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
+            word = told(caught, rank)
         self._forget()
         try:
             verdict = settle(order.operation, word, order.commit_timeout, self._commit)
-        except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
+        except BaseException as caught:  # noqa: BLE001 - told to whoever asks for the result
+            error = told(caught, rank)
             # Whoever never heard the verdict must not remove files that rank 0 may just be committing.
             unheard = isinstance(error, RankTimeoutError) and rank != 0 and not isinstance(word, Exception)
             if self.committed is None and not unheard and not isinstance(error, UncertainCommitError):
@@ -163,7 +171,7 @@ class Job:
                 commit.abandon(order.storage, order.pending.save_id, ranks, also=self.linked)
             commit.end_lease(order.storage, order.pending.save_id)
             cause = _cause(word, error, rank)
-            for found in (cause, error):
+            for found in (cause, error, caught):
                 _let_go(found)
             order.pending.resolve(failure(order.pending.path, cause, unheard=unheard))
             return
@@ -184,6 +192,19 @@ class Job:
                 alias=self.is_alias,
             )
         )
+
+    def desert(self) -> None:
+        """Tell the other ranks that this process ends before the job does."""
+        operation, who = self.order.operation, f"rank {self.order.operation.rank}"
+        if operation.rank == 0:  # which may be committing at this moment
+            operation.leave(
+                UncertainCommitError(
+                    f"{who}: its process ended before it said whether the save to {self.order.pending.path} was"
+                    " committed, so it may have been; load it to see. Checkpoints committed before it are intact."
+                )
+            )
+        else:
+            operation.leave(SaveFailedError(f"{who}: its process ended before it had written its part"))
 
     def cancel(self, error: Exception) -> None:
         """Have `run` do nothing but tell all ranks of ``error``. Comes before `run` or while it waits for blocks."""

@@ -42,11 +42,11 @@ class Queue:
         self._newest = job.order.pending
         self._jobs.append(job)
         try:
-            self._background.submit(job.run)
+            self._background.submit(job.run, job.desert)
         except NotTakenError as error:
             # The others are under way, so this rank has to join them and say so.
             cause = error.__cause__ or error
-            job.cancel(told(cause))
+            job.cancel(told(cause, job.order.operation.rank))
             job.run()
             if not isinstance(cause, Exception):
                 raise cause from None

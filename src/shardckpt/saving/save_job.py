@@ -13,11 +13,11 @@ from shardckpt.writer import ShardWriter
 class SaveJob(Job):
     """Shard, rank manifest, commit."""
 
-    def __init__(self, order: Order, writer: ShardWriter | Exception) -> None:
+    def __init__(self, order: Order, writer: ShardWriter | BaseException) -> None:
         """``writer`` may be what kept this rank from having one: that is for all ranks to know."""
         self.order = order
         self.shards_of = order.pending.save_id
-        self._writer: ShardWriter | Exception | None = writer
+        self._writer: ShardWriter | BaseException | None = writer
 
     def cancel(self, error: Exception) -> None:
         if isinstance(self._writer, ShardWriter):
@@ -26,7 +26,7 @@ class SaveJob(Job):
     def _put(self) -> tuple[bytes, int]:
         order = self.order
         rank, save_id = order.operation.rank, order.pending.save_id
-        if isinstance(self._writer, Exception):
+        if isinstance(self._writer, BaseException):
             raise self._writer
         assert self._writer is not None, "a job runs once"
         find_place(order)

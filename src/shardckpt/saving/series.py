@@ -15,7 +15,7 @@ import msgspec
 
 from shardckpt import commit
 from shardckpt.background import Background, PendingSave
-from shardckpt.coordinator import Operation, taking_part, told, turn
+from shardckpt.coordinator import Operation, taking_part, turn
 from shardckpt.errors import StorageError
 from shardckpt.options import Path, SaveOptions
 from shardckpt.saving.alias_job import AliasJob
@@ -124,7 +124,8 @@ class Series:
 
     def _begin(self, request: Request, operation: Operation, pool: StagingPool) -> PendingSave:
         rank = operation.rank
-        with taking_part(operation):
+        begun: list[Job] = []
+        with taking_part(operation, begun):
             path, storage, flat, stepped, openings = self._open(request, operation)
             source = self._last.job if self._last is not None and may_share(openings, self._structure) else None
             descriptions = None if self._is_known(openings) else exchange(operation, flat)
@@ -154,33 +155,32 @@ class Series:
                     if rank != 0:
                         commit.check_seen(storage, placing.heard[0].decode())
                 self._shared.add(_folder(storage))
-        with _owing(operation, placing.undo) as begun:
-
-            def submit(job: Job) -> None:
-                begun.append(job)
-                self.queue.submit(job)
-
-            pending = PendingSave(path, placing.heard[0].decode(), request.called, request.on_over)
-            order = Order(
-                pending=pending,
-                operation=background,
-                storage=storage,
-                structure=structure,
-                speaks=speaking,
-                skeleton=flat.skeleton,
-                objects=flat.objects,
-                own=own,
-                previous=previous,
-                commit_timeout=self._commit_timeout,
-                called=request.called,
-            )
-            if source is None:
-                write(
-                    order, flat, request.options.codec, pool=pool, memory=request.memory, stepped=stepped, submit=submit
+            with _undoing(placing.undo, begun):
+                pending = PendingSave(path, placing.heard[0].decode(), request.called, request.on_over)
+                order = Order(
+                    pending=pending,
+                    operation=background,
+                    storage=storage,
+                    structure=structure,
+                    speaks=speaking,
+                    skeleton=flat.skeleton,
+                    objects=flat.objects,
+                    own=own,
+                    previous=previous,
+                    commit_timeout=self._commit_timeout,
+                    called=request.called,
                 )
-            else:
-                pending.share_staging(source.order.pending)
-                submit(AliasJob(order, source))
+
+                def submit(job: Job) -> None:
+                    begun.append(job)
+                    self.queue.submit(job)
+
+                if source is None:
+                    codec, memory = request.options.codec, request.memory
+                    write(order, flat, codec, pool=pool, memory=memory, stepped=stepped, submit=submit)
+                else:
+                    pending.share_staging(source.order.pending)
+                    submit(AliasJob(order, source))
         self._last = Last(begun[0], request.version, _own_structure(flat))
         pending.mark_returned()
         return pending
@@ -239,17 +239,12 @@ class Series:
 
 
 @contextmanager
-def _owing(operation: Operation, undo: Callable[[], None]) -> Iterator[list[Job]]:
-    """Encloses what this rank does while the others wait for its word, which a job says once there is one.
-
-    Before, an interrupt would leave them waiting. ``undo`` takes back what this rank has done.
-    """
-    begun: list[Job] = []
+def _undoing(undo: Callable[[], None], begun: Sequence[Job]) -> Iterator[None]:
+    """Encloses what this rank does before it has a job: if it never has one, ``undo`` takes back what it has done."""
     try:
-        yield begun
-    except BaseException as error:
+        yield
+    except BaseException:
         if not begun:
-            operation.leave(told(error))
             undo()
         raise
 

@@ -170,8 +170,8 @@ class Storage(Protocol):
     def prepare(self) -> None:
         """Make the place ready for writing, or say why that is impossible.
 
-        A directory is made, its parents too, durably; a file is written in it and removed. Of an object store the
-        bucket and the credentials are checked (buckets are never made).
+        A directory is made, its parents too, to last after :meth:`sync`; a file is written in it and removed. Of an
+        object store the bucket and the credentials are checked (buckets are never made).
         """
 
     def remove_place(self) -> None:
@@ -184,7 +184,10 @@ class Storage(Protocol):
         """Return how many bytes may be written before the disk is full; None where nobody knows."""
 
     def sync(self) -> None:
-        """Make additions and deletions in this place durable. Does nothing where they are at once."""
+        """Make additions and deletions in this place durable, and the place, whoever made the directories to it.
+
+        Does nothing where all of that is at once.
+        """
 
 
 @runtime_checkable

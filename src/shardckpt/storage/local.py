@@ -186,6 +186,12 @@ class LocalStorage:
     def sync(self) -> None:
         with translating("sync the directory", self.url):
             posix.sync_directory(self._directory)
+            # Not only where this process made a directory: another may have made it just now, and not synced it yet.
+            directory = os.path.realpath(self._directory)
+            while not os.path.ismount(directory):
+                directory = os.path.dirname(directory)
+                if os.access(directory, os.W_OK):  # or nobody who saves here can have made anything in it
+                    posix.sync_directory(directory)
 
     def __repr__(self) -> str:
         return f"LocalStorage({self.url!r})"
@@ -340,7 +346,7 @@ def _try_link(source: str, target: str) -> bool:
 
 
 def _make_directories(directory: str) -> None:
-    """Make a directory and its parents, and make them durable: a new name lasts once its parent has been synced."""
+    """Make a directory and its parents; they last once there was a `LocalStorage.sync`."""
     if os.path.isdir(directory):
         return
     parent = os.path.dirname(directory)
@@ -354,7 +360,6 @@ def _make_directories(directory: str) -> None:
                 f"cannot make the directory {directory}: a file or a broken link of that name is in the way. Remove it "
                 "or choose another path"
             ) from None
-    posix.sync_directory(parent)
 
 
 def _expand_user(path: str) -> Path:

@@ -64,7 +64,7 @@ class ObjectStorage:
         key = self.key_of(name)
         with self.translating("write", name):
             if replace is True:
-                obstore.put(self.connection.store, key, data, use_multipart=False)
+                retrying(lambda: obstore.put(self.connection.store, key, data, use_multipart=False))
             elif replace is False:
                 # Asked as well as told, for stores that ignore the condition; on those two writers can both succeed.
                 if self._found(key) is not None:
@@ -213,7 +213,7 @@ class ObjectStorage:
     def _found(self, key: str) -> "tuple[bytes, UpdateVersion] | None":
         """What an object holds and how the store tells it from others of its name; None if there is none."""
         try:
-            found = obstore.get(self.connection.store, key)
+            found = retrying(lambda: obstore.get(self.connection.store, key))
             # S3 and Azure go by the tag, Google by the version.
             marks = {word: mark for word in ("e_tag", "version") if (mark := found.meta[word]) is not None}
             return bytes(found.bytes()), cast("UpdateVersion", marks)

@@ -39,7 +39,7 @@ _ACCESS = """
     AccessDenied AccountProblem AllAccessDisabled AuthorizationHeaderMalformed CredentialsNotSupported
     CrossLocationLoggingProhibited ExpiredToken InvalidAccessKeyId InvalidObjectState InvalidPayer InvalidSecurity
     InvalidToken MissingSecurityElement MissingSecurityHeader NotSignedUp RequestTimeTooSkewed SignatureDoesNotMatch
-    TokenRefreshRequired UnauthorizedAccess Forbidden 401 403
+    TokenRefreshRequired Unauthorized UnauthorizedAccess Forbidden 401 403
 """
 _MISSING = """
     NoSuchBucket NoSuchBucketPolicy NoSuchKey NoSuchLifecycleConfiguration NoSuchUpload NoSuchVersion NotFound 404
@@ -153,7 +153,7 @@ _TRANSIENT_CODES = {
     "ServiceUnavailable",
     "SlowDown",
 }
-_TRANSIENT_STATUS = {429, 500, 502, 503, 504}
+_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 # A refused connection is not here: botocore has tried for seconds already when it says so.
 _TRANSIENT_CLASSES = {
     "botocore.exceptions.HTTPClientError",

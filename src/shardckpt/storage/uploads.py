@@ -113,7 +113,8 @@ class Upload:
         with self._storage.translating("commit", self._name):
             if self._file is None:
                 body = b"".join((*self._front, self._early.pop(0, b"")))
-                obstore.put(self._storage.connection.store, self._storage.key_of(self._name), body, use_multipart=False)
+                store, key = self._storage.connection.store, self._storage.key_of(self._name)
+                retrying(lambda: obstore.put(store, key, body, use_multipart=False))
             else:
                 self._closed = True
                 try:

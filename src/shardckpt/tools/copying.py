@@ -15,6 +15,7 @@ from shardckpt.errors import (
     ConflictingStateError,
     CorruptCheckpointError,
     ObjectExistsError,
+    ObjectNotFoundError,
     ShardckptError,
     UncertainCommitError,
     UsageError,
@@ -27,6 +28,8 @@ from shardckpt.storage import BLOCK, Storage, is_temporary, join, local_path, op
 from shardckpt.tools.opened import Progress, nbytes_of, unheard
 from shardckpt.workers import for_each
 
+_RESTARTS: Final = 3
+"""How often a copy begins at most, where the source is overwritten while it is read."""
 _FILES: Final = 4
 """Files copied side by side."""
 _PIECES: Final = 4
@@ -77,17 +80,31 @@ def copy(
     reading, writing = open_storage(place, told), open_storage(into, told_target)
     if (reading.url, told) == (writing.url, told_target):
         raise UsageError(f"{into} is what is to be copied, not a place to copy it to.")
-    found = commit.read(place, reading, told)
-    save_id = found.manifest.save_id
-    held = commit.find_bytes(writing)
+    for attempt in range(_RESTARTS):
+        found = commit.read(place, reading, told)
+        try:
+            return CopyReport(place, into, found.manifest.save_id, _copy(found, reading, writing, overwrite, progress))
+        except (CorruptCheckpointError, ObjectNotFoundError):
+            # A training that overwrites its last.ckpt beside this has taken the files away.
+            now = commit.find(reading)
+            if attempt + 1 == _RESTARTS or now is None or now.manifest.save_id == found.manifest.save_id:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _copy(found: commit.Found, source: Storage, target: Storage, overwrite: bool, progress: Progress) -> int:
+    """Copy what was found; returns the bytes copied."""
+    held = commit.find_bytes(target)
     if held == found.data:
-        return CopyReport(place, into, save_id, 0)
+        return 0
     if held is None:
-        _check_room(into, writing)
-    if held is not None and not overwrite:
-        raise UsageError(f"{into} holds another checkpoint. Nothing was changed; overwrite (--overwrite) replaces it.")
-    _Copy(reading, found, writing, progress).run(held)
-    return CopyReport(place, into, save_id, nbytes_of(found.manifest) + len(found.data))
+        _check_room(target.url, target)
+    elif not overwrite:
+        raise UsageError(
+            f"{target.url} holds another checkpoint. Nothing was changed; overwrite (--overwrite) replaces it."
+        )
+    _Copy(source, found, target, progress).run(held)
+    return nbytes_of(found.manifest) + len(found.data)
 
 
 def _check_room(path: str, storage: Storage) -> None:
