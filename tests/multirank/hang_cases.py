@@ -101,6 +101,7 @@ def impatient() -> Any:
 def interrupted_wait(rank: int, path: str) -> tuple[str, str]:
     """SIGINT reaches rank 1 while it waits for rank 0, which is busy; both have a place for the save by then."""
     engine = Checkpointer(timeout=LONG, commit_timeout=LONG)
+    engine.save({"t": torch.ones(3)}, f"{path}-before")  # the ranks have met in this folder
     gone = Path(f"{path}.gone")
     open_place, hear = series.commit.open_place, coordinated.StoreOperation.hear
 

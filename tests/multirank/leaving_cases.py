@@ -86,7 +86,7 @@ def between_turns(rank: int, death: Death, path: str, who: int) -> tuple[str, st
 
         def __exit__(self, *args: object) -> Any:
             self._turn.__exit__(*args)
-            if self._point == "place":
+            if self._point == "see":  # the last of a first save in a folder
                 raise KeyboardInterrupt
 
     try:
