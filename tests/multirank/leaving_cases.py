@@ -167,6 +167,21 @@ def without_a_store(rank: int, death: Death, path: str, when: str) -> tuple[str,
     return "ok", ""
 
 
+def store_gone_once_heard(rank: int, death: Death, path: str) -> tuple[str, str]:
+    """The Store's process ends as soon as rank 1, the last to do so, has the verdict of a save in hand."""
+    get = coordinated.StoreOperation._get
+
+    def last_word(self: Any, key: str) -> Any:
+        word = get(self, key)
+        if key.endswith("written/all"):
+            death.of(HOST)
+        return word
+
+    if rank == 1:
+        coordinated.StoreOperation._get = last_word  # type: ignore[method-assign]
+    return result(_begin(path))
+
+
 def interrupted_wait(rank: int, death: Death, path: str, where: str) -> list[str]:
     """Ctrl-C on rank 0, which waits for rank 1; what each is told, and whether a save that was in flight goes on."""
     engine = Checkpointer(timeout=LONG, commit_timeout=LONG, share_reads=True)

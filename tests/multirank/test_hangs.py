@@ -107,6 +107,12 @@ def test_the_death_of_the_store_ends_all_waits(tmp_path, when):
         assert "hosts it" in text
 
 
+def test_a_verdict_that_was_heard_stands(tmp_path):
+    """Where the Store ends with a process that is through, as rank 0 may be, nobody's committed save has failed."""
+    found = processes.run(leaving_cases.store_gone_once_heard, 2, str(tmp_path / "ck"), host=True)
+    assert [kind for kind, _ in found] == ["ok", "ok"]
+
+
 @pytest.mark.parametrize("where", ("save", "result", "load", "exchange"))
 def test_an_interrupt_ends_every_wait(tmp_path, where):
     """Ctrl-C reaches whoever waits for another rank, wherever; a save that is in flight goes on all the same."""

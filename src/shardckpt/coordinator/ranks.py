@@ -218,10 +218,12 @@ class StoreOperation:
                     _counters[self._store.origin] = self._number
             raise self._timed_out((0,), point, timeout + _GRACE_SECONDS)
         word = self._get(key)
-        self._store.drop(self._key(point, self.rank))
-        self._mark_heard(key)
+        with suppress(RankTimeoutError):  # it is heard, and rank 0, which may host the Store, is free to end
+            self._store.drop(self._key(point, self.rank))
+            if word.error is not None:
+                self._store.drop(self._key(point, "failed"))  # said too late for rank 0 to see
+            self._mark_heard(key)
         if word.error is not None:
-            self._store.drop(self._key(point, "failed"))  # said too late for rank 0 to see
             raise _error_from(word, announced=True)
         return word.payload
 
@@ -257,8 +259,8 @@ class StoreOperation:
 
     def _mark_heard(self, key: str) -> None:
         if self._store.count(key + "/heard") == self.world_size - 1:
-            self._store.drop(key)
             self._store.drop(key + "/heard")
+            self._store.drop(key)  # last: it is what rank 0 waits for before it ends
 
     def _key(self, *where: int | str) -> str:
         return "/".join(["shardckpt", str(self._number), *map(str, where)])
