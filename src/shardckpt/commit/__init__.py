@@ -18,6 +18,7 @@ from shardckpt.commit.publishing import (
     put_rank_manifest,
     read_back,
 )
+from shardckpt.commit.visibility import not_shared, sees
 from shardckpt.commit.words import check_words, contradictions, has_words, suffice
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "is_checkpoint",
     "latest",
     "new_save_id",
+    "not_shared",
     "now",
     "open_place",
     "prune",
@@ -50,6 +52,7 @@ __all__ = [
     "read_bytes",
     "remove",
     "running",
+    "sees",
     "suffice",
     "tables",
     "with_values",

@@ -10,8 +10,9 @@ from shardckpt import filenames
 from shardckpt.background import PendingSave
 from shardckpt.garbage import held_off
 from shardckpt.launch import cores_per_rank
-from shardckpt.saving.jobs import Order, SaveJob, told
+from shardckpt.saving.jobs import Order, SaveJob
 from shardckpt.saving.overlap import Overlap, begin_overlap
+from shardckpt.saving.verdict import told
 from shardckpt.staging import Block, Early, Source, StagingPool, blocks_for, stage
 from shardckpt.state import Flattened, Stepped
 from shardckpt.storage import BLOCK

@@ -2,9 +2,9 @@
 
 import logging
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,80 +12,19 @@ import msgspec
 from shardckpt import commit, manifest
 from shardckpt.background import PendingSave
 from shardckpt.coordinator import Operation
-from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError, UncertainCommitError
+from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError, StorageError, UncertainCommitError
 from shardckpt.filenames import MANIFEST
 from shardckpt.manifest import Manifest, RankManifest, RankValues
 from shardckpt.reports import SaveReport
 from shardckpt.saving.own import Own, put_objects, with_objects
+from shardckpt.saving.patience import Patience
 from shardckpt.saving.structure import Structure
+from shardckpt.saving.verdict import cause_of, failure, let_go, settle
 from shardckpt.storage import Storage
 from shardckpt.workers import for_each
 from shardckpt.writer import ShardWriter
 
 log = logging.getLogger(__name__)
-
-
-def settle(
-    operation: Operation, word: bytes | Exception, timeout: float, conclude: Callable[[list[bytes]], bytes]
-) -> bytes:
-    """The second half of a commit: every rank says how it went, rank 0 concludes, every rank hears the verdict."""
-    operation.post("written", word)
-    if operation.rank != 0:
-        return operation.hear("written", timeout)
-    try:
-        verdict = conclude(operation.collect("written", timeout))
-    except Exception as error:
-        operation.announce("written", error)
-        raise
-    try:
-        operation.announce("written", verdict)
-    except RankTimeoutError as error:  # the commit stands, whether or not the others hear of it
-        log.warning("committed, but the other ranks could not be told: %s", error)
-    return verdict
-
-
-def failure(path: str, error: BaseException, *, unheard: bool = False) -> SaveFailedError:
-    """What a failed save raises: the cause, and what is still safe. ``unheard``: rank 0 may yet commit it."""
-    if isinstance(error, UncertainCommitError):
-        return error
-    if unheard:
-        uncertain = UncertainCommitError(
-            f"this rank never heard whether the save to {path} was committed, so it may have been; load it to see."
-            f" Checkpoints committed before it are intact. Cause: {error}"
-        )
-        uncertain.__cause__ = error
-        return uncertain
-    reason = str(error) if isinstance(error, ShardckptError) else f"{type(error).__name__}: {error}"
-    failed = SaveFailedError(
-        f"the save to {path} failed and left no checkpoint behind. Checkpoints committed before it are intact. "
-        f"Cause: {reason}"
-    )
-    failed.__cause__ = error
-    return failed
-
-
-def told(error: BaseException) -> Exception:
-    """What other ranks hear of an error: an interruption is one for this process alone."""
-    return error if isinstance(error, Exception) else SaveFailedError(f"it was interrupted by {type(error).__name__}")
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Have an error keep nothing of what it came from: the frames of its traceback have the tensors, and the writer."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def _cause(word: bytes | Exception, verdict: Exception, rank: int) -> Exception:
-    """What a save that failed on this rank with ``word``, and on all with ``verdict``, failed of.
-
-    An error of this rank's own, which has its traceback, unless another rank's came before: then this one may have
-    come of it, since that rank clears up.
-    """
-    told_by = verdict.rank if isinstance(verdict, ShardckptError) else None
-    return word if isinstance(word, Exception) and told_by in (None, rank) else verdict
 
 
 @dataclass(frozen=True)
@@ -132,6 +71,7 @@ class Job:
     shards_of: str
     """The id of the save that wrote the shards."""
     is_alias = False
+    patience: Patience
 
     def run(self) -> None:
         """Do it, and resolve the pending save; never raises."""
@@ -139,24 +79,27 @@ class Job:
         rank = order.operation.rank
         rank_nbytes = 0
         word: bytes | Exception
+        self.patience = patience = Patience(order.storage, order.commit_timeout)
         try:
-            word, rank_nbytes = self._put()
+            word, rank_nbytes = patience.wait_for(self._put, "put", late=partial(self._abandon, [rank]))
         except Exception as error:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
             word = error
+            self._give_up(error)
         self._forget()
         try:
-            verdict = settle(order.operation, word, order.commit_timeout, self._conclude)
+            verdict = settle(order.operation, word, order.commit_timeout, self._commit)
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
             # Whoever never heard the verdict must not remove files that rank 0 may just be committing.
             unheard = isinstance(error, RankTimeoutError) and rank != 0 and not isinstance(word, Exception)
             if self.committed is None and not unheard and not isinstance(error, UncertainCommitError):
                 # Rank 0 stands in for ranks that have died.
                 ranks = range(order.operation.world_size) if rank == 0 else [rank]
-                commit.abandon(order.storage, order.pending.save_id, ranks, also=self._linked())
-            commit.end_lease(order.storage, order.pending.save_id)
-            cause = _cause(word, error, rank)
+                patience.tidy(partial(self._abandon, ranks), "abandon")
+            if not patience.may_yet_settle:
+                patience.tidy(self._end_lease, "release")
+            cause = cause_of(word, error, rank)
             for found in (cause, error):
-                _let_go(found)
+                let_go(found)
             order.pending.resolve(failure(order.pending.path, cause, unheard=unheard))
             return
         self._finish(order.report(verdict, rank_nbytes=rank_nbytes, alias=self.is_alias))
@@ -172,9 +115,37 @@ class Job:
     def _forget(self) -> None:
         """Let go of what only `_put` needed."""
 
+    def _give_up(self, error: Exception) -> None:
+        """`_put` has failed, or hangs: end what waits for it."""
+
+    def _abandon(self, ranks: Iterable[int]) -> None:
+        order = self.order
+        commit.abandon(order.storage, order.pending.save_id, ranks, also=self._linked())
+
+    def _end_lease(self) -> None:
+        commit.end_lease(self.order.storage, self.order.pending.save_id)
+
+    def _commit(self, words: list[bytes]) -> bytes:
+        """`_conclude`, unless the storage hangs."""
+        try:
+            return self.patience.wait_for(partial(self._conclude, words), "commit", late=self._end_lease)
+        except StorageError as error:
+            if error is not self.patience.given_up or not self.patience.may_yet_settle:
+                raise
+            raise UncertainCommitError(
+                f"the checkpoint at {self.order.pending.path} was being committed, and may yet be: {error} Nothing was"
+                " removed: what is at that path, the new checkpoint or what was there before, is whole."
+            ) from error
+
     def _conclude(self, words: list[bytes]) -> bytes:
         """On rank 0: commit what all ranks have put; returns what all are to hear."""
         raise NotImplementedError
+
+    def _publish(self, record: Manifest) -> None:
+        """On rank 0: the last step, which whoever has been held up for too long must not take any more."""
+        self.patience.settle()
+        commit.publish(self.order.storage, record, self.order.previous)
+        self.committed = record
 
     def _linked(self) -> Sequence[str]:
         """Files that this job put in the place and that are named after another save."""
@@ -184,7 +155,9 @@ class Job:
         """Clear up what the checkpoint replaces, now that all ranks know of it, and resolve the pending save."""
         order = self.order
         if self.committed is not None:
-            commit.clean(order.storage, self.committed.save_id)
+            clean = partial(commit.clean, order.storage, self.committed.save_id)
+            if not self.patience.tidy(clean, "clean"):
+                log.warning("the save to %s is committed; what it replaced is not removed yet", order.pending.path)
         # A later save may share the shards, which takes none of these.
         self.order = replace(order, skeleton=None, objects={}, own=None)
         order.pending.resolve(report)
@@ -227,6 +200,7 @@ class SaveJob(Job):
         assert self._writer is not None, "a job runs once"
         _find_place(order)
         own_word = self._writer.run()
+        self.patience.check()
         objects = order.objects if order.speaks else {}
         own = order.own.objects if order.own is not None else {}
         entries = put_objects(order.storage, rank, save_id, objects | own)
@@ -235,8 +209,13 @@ class SaveJob(Job):
             own_word.objects = {path: entries[path] for path in objects}
         if order.own is not None:
             own_word.per_rank = with_objects(order.own, entries)
+        self.patience.check()
         written = commit.put_rank_manifest(order.storage, own_word)
         return msgspec.msgpack.encode(written), written.file.size
+
+    def _give_up(self, error: Exception) -> None:
+        if isinstance(self._writer, ShardWriter):
+            self._writer.give_up(error)
 
     def _forget(self) -> None:
         self._writer = None  # and with it the tensors, which the caller may want to free
@@ -261,9 +240,7 @@ class SaveJob(Job):
         if tables is None:
             tables = commit.tables(said, order.structure.heads, order.structure.aliases)
             order.structure.known.keep(layouts, tables)
-        record = commit.assemble(order.pending.save_id, files, tables, said)
-        commit.publish(order.storage, record, order.previous)
-        self.committed = record
+        self._publish(commit.assemble(order.pending.save_id, files, tables, said))
         return msgspec.msgpack.encode(sum(file.size for file in files))
 
 
@@ -325,7 +302,5 @@ class AliasJob(Job):
         )
         values = {rank: msgspec.json.decode(word, type=RankValues) if word else None for rank, word in enumerate(words)}
         values[0] = with_objects(order.own, entries) if order.own is not None else None
-        record = commit.with_values(record, values)
-        commit.publish(order.storage, record, order.previous)
-        self.committed = record
+        self._publish(record := commit.with_values(record, values))
         return msgspec.msgpack.encode(sum(file.size for file in record.files))
