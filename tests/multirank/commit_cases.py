@@ -14,9 +14,8 @@ import torch.distributed as dist
 import shardckpt
 from shardckpt import Checkpointer, PerRank, manifest
 from shardckpt import checkpointer as module
-from shardckpt.commit import seeing
 from shardckpt.saving import halves, jobs, series
-from shardckpt.storage import LocalStorage, Storage
+from shardckpt.storage import Storage
 from storage.wrappers import WrapperStorage
 
 BROKEN = shardckpt.StorageError("the cable is out")
@@ -276,41 +275,3 @@ def plan_again(rank: int, path: str, compression: str | None) -> dict[str, Any]:
         found.append((loaded["step"], torch.equal(loaded["w"], torch.arange(1000.0) // (1 + number))))
     dist.barrier()
     return {"counts": counts, "found": found}
-
-
-def own_disks(rank: int, path: str, late: float) -> dict[str, Any]:
-    """Each node has a disk of its own under one path, and then they share one that is ``late``, in seconds."""
-    engine = Checkpointer(timeout=30, commit_timeout=30)
-    state = {"w": torch.ones(3)}
-    original = module.open_storage
-    told: dict[str, Any] = {}
-    with mock.patch.object(seeing, "SECONDS", 0.3):
-        if rank == 1:
-            module.open_storage = lambda place, options: original(f"{path}.of-rank-1", options)  # type: ignore[assignment]
-        try:
-            engine.async_save(state, path)
-        except shardckpt.StorageError as error:
-            told["error"] = str(error)
-        finally:
-            module.open_storage = original
-    told["left"] = sorted(str(found.relative_to(Path(path).parent)) for found in Path(path).parent.rglob("*"))
-    dist.barrier()
-    looked: list[str] = []
-    stock = LocalStorage.size
-
-    def size(self: LocalStorage, name: str) -> int:
-        looked.append(name)
-        if time.monotonic() < begun + late:
-            raise shardckpt.ObjectNotFoundError(name)
-        return stock(self, name)
-
-    begun = time.monotonic()
-    with mock.patch.object(LocalStorage, "size", size):
-        told["looked"] = []
-        for _ in range(2):
-            looked.clear()
-            engine.save(state, path)
-            told["looked"].append(len([name for name in looked if name.startswith("saving-")]))
-    told["sum"] = shardckpt.load(path)["w"].sum().item()
-    dist.barrier()
-    return told

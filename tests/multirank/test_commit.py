@@ -104,18 +104,3 @@ def test_a_layout_that_changes_under_a_plan_is_seen(tmp_path):
         assert told["counts"] == ([2] * 5 if rank == 0 else [0] * 5)
         sizes = [2, 2, 5, 5, 2] if rank else [2] * 5
         assert told["found"] == [(100 * n, [10 * n + rank] * size) for n, size in enumerate(sizes)]
-
-
-def test_ranks_with_disks_of_their_own_are_told_before_they_write(tmp_path):
-    """A node's own disk under a path that all were to share is named at the first save, and not at its commit."""
-    found = ranks.world(2).run(commit_cases.own_disks, str(tmp_path / "ck"), 0.5)
-    assert found[0]["error"].startswith("rank 1: on ")
-    for told in found:
-        assert "nothing is seen of what rank 0 has just put" in told["error"]
-        assert "a node's own disk is not one" in told["error"]
-        assert not any(name.endswith((".safetensors", ".json")) for name in told["left"])
-        assert told["sum"] == 3
-    # Late visibility is waited for, and the second save in a folder does not look again.
-    assert found[0]["looked"] == [0, 0]
-    assert found[1]["looked"][0] > 2
-    assert found[1]["looked"][1] == 0

@@ -8,11 +8,13 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import faults
 from shardckpt.errors import (
     CorruptCheckpointError,
     ObjectExistsError,
@@ -454,6 +456,61 @@ def test_split_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert split(".") == (str(tmp_path.resolve()), "run")
     assert is_local(".")
     assert not is_local("s3://bucket")
+
+
+def test_of_two_that_replace_one_object_only_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at what is there and the switch nobody else switches: each would think that it had won."""
+    storage = LocalStorage(tmp_path)
+    storage.put("record", b"old", replace=False)
+    came = threading.Event()
+    outcomes: dict[str, str] = {}
+
+    def replace(data: bytes) -> None:
+        try:
+            storage.put("record", data, replace=b"old")
+            outcomes[data.decode()] = "replaced"
+        except ObjectExistsError:
+            outcomes[data.decode()] = "refused"
+
+    other = threading.Thread(target=replace, args=(b"second",))
+    lock = fcntl.flock
+
+    def locking(descriptor: int, how: int) -> None:
+        if threading.current_thread() is other:
+            came.set()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", locking)
+    with faults.broken() as disk:
+
+        def look() -> None:
+            if threading.current_thread() is other:
+                came.set()  # nothing has kept it from going on
+                return
+            other.start()
+            assert came.wait(60)
+
+        disk.add("replace", look, last=None)
+        replace(b"first")
+        other.join(60)
+    assert outcomes == {"first": "replaced", "second": "refused"}
+    assert storage.get("record") == b"first"
+    assert os.listdir(tmp_path) == ["record"]
+
+
+def test_an_object_that_cannot_be_locked_is_replaced_nevertheless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems know no locks; there the look just before has to do."""
+
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    storage = LocalStorage(tmp_path)
+    storage.put("record", b"old", replace=False)
+    storage.put("record", b"new", replace=b"old")
+    assert storage.get("record") == b"new"
 
 
 def test_killed_put_leaves_old_or_new(tmp_path: Path) -> None:

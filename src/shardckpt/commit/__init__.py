@@ -19,7 +19,7 @@ from shardckpt.commit.publishing import (
     put_rank_manifest,
     read_back,
 )
-from shardckpt.commit.seeing import check_seen
+from shardckpt.commit.visibility import not_shared, sees
 from shardckpt.commit.words import check_words, contradictions, has_words, suffice
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "Written",
     "abandon",
     "assemble",
-    "check_seen",
     "check_unchanged",
     "check_words",
     "checkpoint_path",
@@ -43,6 +42,7 @@ __all__ = [
     "is_checkpoint",
     "latest",
     "new_save_id",
+    "not_shared",
     "now",
     "open_place",
     "prune",
@@ -54,6 +54,7 @@ __all__ = [
     "read_bytes",
     "remove",
     "running",
+    "sees",
     "suffice",
     "tables",
     "with_values",

@@ -10,7 +10,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ RENEW_SECONDS: Final = 30.0
 LEASE_SECONDS: Final = 180.0
 """Silence after which a save is taken for dead, and its files for rubbish."""
 
+_JOIN_SECONDS: Final = 5.0
 _MARKER_BYTES: Final = 1 << 16
 
 
@@ -49,7 +50,8 @@ class Lease:
         """Renew no more; the marker itself stays."""
         self._over.set()
         if self._thread.ident is not None:
-            self._thread.join()
+            # On a file system that hangs it may never end; then the marker stays, and counts for nothing.
+            self._thread.join(_JOIN_SECONDS)
 
     def _say(self, *, replace: bool) -> None:
         marker = {"machine": _machine(), "pid": os.getpid(), "shares": self._shares}
@@ -139,10 +141,11 @@ def abandon(storage: Storage, save_id: str, ranks: Iterable[int], also: Sequence
         log.warning("could not remove the remains of a failed save at %s: %s", storage.url, error)
 
 
-def remove(storage: Storage) -> None:
+def remove(storage: Storage, in_time: Callable[[], None] = lambda: None) -> None:
     """Remove a checkpoint, if there is one: the manifest first, so that no instant shows half of one.
 
     A symbolic link is unlinked, not followed. Files that are not ours stay, and those of a save that is running.
+    ``in_time`` raises where it is too late to begin: what lies there may be another checkpoint by then.
     """
     if storage.unlink_link():
         return
@@ -152,6 +155,7 @@ def remove(storage: Storage) -> None:
         return
     # Before the manifest goes: of a save that commits meanwhile nothing else does.
     alive, now = _alive(storage, listed)
+    in_time()
     storage.delete([MANIFEST])
     storage.sync()
     storage.delete(_rubbish([stat for stat in listed if stat.name != MANIFEST], alive, now))

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardckpt import filenames
@@ -77,7 +76,8 @@ def read_bytes(path: str, storage: Storage, storage_options: Mapping[str, Any] |
 
 def _is_file(path: str) -> bool:
     directory = local_path(path)
-    return directory is not None and Path(directory).expanduser().is_file()
+    # Unlike pathlib's, this takes a path that cannot be for one where nothing is.
+    return directory is not None and os.path.isfile(os.path.expanduser(directory))
 
 
 def _why_not(path: str, storage: Storage) -> str:

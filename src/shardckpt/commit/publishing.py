@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -14,6 +15,7 @@ from shardckpt.codecs import digest, digests_text
 from shardckpt.commit.assembly import layout_of
 from shardckpt.commit.clearing import end_lease, take_lease
 from shardckpt.commit.finding import Found, find_bytes
+from shardckpt.commit.visibility import awaited
 from shardckpt.errors import (
     CorruptCheckpointError,
     ObjectExistsError,
@@ -118,7 +120,7 @@ def put_rank_manifest(storage: Storage, manifest: RankManifest) -> Written:
 def read_back(storage: Storage, file: FileEntry) -> bytes:
     """One rank's manifest as it lies in the place, held against what the rank said it wrote."""
     try:
-        data = storage.get(file.manifest)
+        data = awaited(storage, partial(storage.get, file.manifest))
     except ObjectNotFoundError as error:
         raise SaveFailedError(
             f"{file.manifest} was written by its rank but cannot be seen by rank 0 at {storage.url}. All ranks must"

@@ -272,7 +272,8 @@ class StoreOperation:
         if not isinstance(word, Exception):
             return msgspec.msgpack.encode(_Word(self._call, self.rank, word))
         silent = word.ranks if isinstance(word, RankTimeoutError) else ()
-        message = str(word) or repr(word)
+        # Names of files need not be text, and what is none cannot be sent.
+        message = (str(word) or repr(word)).encode(errors="backslashreplace").decode()
         # Rank 0 announces what others met.
         met_by = word.rank if isinstance(word, ShardckptError) and word.rank is not None else self.rank
         return msgspec.msgpack.encode(

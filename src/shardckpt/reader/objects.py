@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from shardckpt.errors import CorruptCheckpointError, LoadFailedError, ObjectNotF
 from shardckpt.manifest import Manifest
 from shardckpt.relocation import MapLocation
 from shardckpt.storage import Storage
+from shardckpt.workers import read_aside
 
 
 def read_object(
@@ -32,7 +34,7 @@ def read_object(
         raise CorruptCheckpointError(
             f"{checkpoint}: the state has an object at {place!r} that the manifest does not list."
         )
-    data = read_bytes(storage, entry.file, entry.offset, entry.nbytes, entry.digest)
+    data = read_aside(partial(read_bytes, storage, entry.file, entry.offset, entry.nbytes, entry.digest))
     try:
         return torch.load(io.BytesIO(data), map_location=map_location, weights_only=weights_only)
     except pickle.UnpicklingError as error:

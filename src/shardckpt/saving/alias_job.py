@@ -65,6 +65,5 @@ class AliasJob(Job):
         values = {rank: msgspec.json.decode(word, type=RankValues) if word else None for rank, word in enumerate(words)}
         values[0] = with_objects(order.own, entries) if order.own is not None else None
         record = commit.encoded(commit.with_values(alone, values))
-        commit.publish(order.storage, record, order.previous)
-        self.record, self.committed = record, record.manifest
+        self._publish(record)
         return sum(file.size for file in record.manifest.files)

@@ -2,9 +2,9 @@
 
 import logging
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,12 +12,14 @@ import msgspec
 from shardckpt import commit
 from shardckpt.background import PendingSave
 from shardckpt.coordinator import Operation, told
-from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError, UncertainCommitError
+from shardckpt.errors import RankTimeoutError, SaveFailedError, ShardckptError, StorageError, UncertainCommitError
 from shardckpt.filenames import MANIFEST
 from shardckpt.manifest import Manifest
 from shardckpt.reports import SaveReport
 from shardckpt.saving.own import Own
+from shardckpt.saving.patience import Patience
 from shardckpt.saving.structure import Structure
+from shardckpt.saving.verdict import cause_of, failure, let_go, settle
 from shardckpt.storage import Storage, retries
 
 log = logging.getLogger(__name__)
@@ -39,71 +41,6 @@ class _Verdict(msgspec.Struct, array_like=True):
     """Of all shards."""
     slowest_rank: int
     slowest_seconds: float
-
-
-def settle(
-    operation: Operation, word: bytes | Exception, timeout: float, conclude: Callable[[list[bytes]], bytes]
-) -> bytes:
-    """The second half of a commit: every rank says how it went, rank 0 concludes, every rank hears the verdict."""
-    operation.post("written", word)
-    if operation.rank != 0:
-        return operation.hear("written", timeout)
-    try:
-        verdict = conclude(operation.collect("written", timeout))
-    except Exception as error:
-        operation.announce("written", error)
-        raise
-    except BaseException as error:
-        uncertain = UncertainCommitError(
-            f"rank 0 was interrupted by {type(error).__name__} in the commit, which may have been made; load it to see."
-        )
-        operation.announce("written", uncertain)
-        raise uncertain from error
-    try:
-        operation.announce("written", verdict)
-        operation.see_off("written")
-    except RankTimeoutError as error:  # the commit stands, whether or not the others hear of it
-        log.warning("committed, but the other ranks could not be told: %s", error)
-    return verdict
-
-
-def failure(path: str, error: BaseException, *, unheard: bool = False) -> SaveFailedError:
-    """What a failed save raises: the cause, and what is still safe. ``unheard``: rank 0 may yet commit it."""
-    if isinstance(error, UncertainCommitError):
-        return error
-    if unheard:
-        uncertain = UncertainCommitError(
-            f"this rank never heard whether the save to {path} was committed, so it may have been; load it to see."
-            f" Checkpoints committed before it are intact. Cause: {error}"
-        )
-        uncertain.__cause__ = error
-        return uncertain
-    reason = str(error) if isinstance(error, ShardckptError) else f"{type(error).__name__}: {error}"
-    failed = SaveFailedError(
-        f"the save to {path} failed and left no checkpoint behind. Checkpoints committed before it are intact. "
-        f"Cause: {reason}"
-    )
-    failed.__cause__ = error
-    return failed
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Have an error keep nothing of what it came from: the frames of its traceback have the tensors, and the writer."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def _cause(word: bytes | Exception, verdict: Exception, rank: int) -> Exception:
-    """What a save that failed on this rank with ``word``, and on all with ``verdict``, failed of.
-
-    An error of this rank's own, which has its traceback, unless another rank's came before: then this one may have
-    come of it, since that rank clears up.
-    """
-    told_by = verdict.rank if isinstance(verdict, ShardckptError) else None
-    return word if isinstance(word, Exception) and told_by in (None, rank) else verdict
 
 
 @dataclass(frozen=True)
@@ -145,6 +82,7 @@ class Job:
     is_alias = False
     linked: Sequence[str] = ()
     """Files that it has put in the place and that are named after another save."""
+    patience: Patience
 
     def run(self) -> None:
         """Do it, and resolve the pending save; never raises."""
@@ -152,12 +90,14 @@ class Job:
         rank = order.operation.rank
         rank_nbytes, written, retries_before = 0, 0.0, retries()
         word: bytes | Exception
+        self.patience = patience = Patience(order.storage, order.commit_timeout)
         try:
-            said, rank_nbytes = self._put()
+            said, rank_nbytes = patience.wait_for(self._put, "put", late=partial(self._abandon, [rank]))
             written = order.seconds()
             word = msgspec.msgpack.encode(_Part(written, said))
         except BaseException as caught:  # noqa: BLE001 - any failure, whatever it is, becomes every rank's
             word = told(caught, rank)
+            self._give_up(word)
         self._forget()
         try:
             verdict = settle(order.operation, word, order.commit_timeout, self._commit)
@@ -168,11 +108,12 @@ class Job:
             if self.committed is None and not unheard and not isinstance(error, UncertainCommitError):
                 # Rank 0 stands in for ranks that have died.
                 ranks = range(order.operation.world_size) if rank == 0 else [rank]
-                commit.abandon(order.storage, order.pending.save_id, ranks, also=self.linked)
-            commit.end_lease(order.storage, order.pending.save_id)
-            cause = _cause(word, error, rank)
+                patience.tidy(partial(self._abandon, ranks), "abandon")
+            if not patience.may_yet_settle:
+                patience.tidy(self._end_lease, "release")
+            cause = cause_of(word, error, rank)
             for found in (cause, error, caught):
-                _let_go(found)
+                let_go(found)
             order.pending.resolve(failure(order.pending.path, cause, unheard=unheard))
             return
         heard = msgspec.msgpack.decode(verdict, type=_Verdict)
@@ -217,10 +158,28 @@ class Job:
     def _forget(self) -> None:
         """Let go of what only `_put` needed."""
 
+    def _give_up(self, error: Exception) -> None:
+        """`_put` has failed, or hangs: end what waits for it."""
+
+    def _abandon(self, ranks: Iterable[int]) -> None:
+        commit.abandon(self.order.storage, self.order.pending.save_id, ranks, also=self.linked)
+
+    def _end_lease(self) -> None:
+        commit.end_lease(self.order.storage, self.order.pending.save_id)
+
     def _commit(self, words: list[bytes]) -> bytes:
-        """On rank 0: commit what all ranks have put; returns what all are to hear."""
+        """On rank 0: commit what all ranks have put, unless the storage hangs; returns what all are to hear."""
         parts = [msgspec.msgpack.decode(word, type=_Part) for word in words]
-        nbytes = self._conclude([part.word for part in parts])
+        conclude = partial(self._conclude, [part.word for part in parts])
+        try:
+            nbytes = self.patience.wait_for(conclude, "commit", late=self._end_lease)
+        except StorageError as error:
+            if error is not self.patience.given_up or not self.patience.may_yet_settle:
+                raise
+            raise UncertainCommitError(
+                f"the checkpoint at {self.order.pending.path} was being committed, and may yet be: {error} Nothing was"
+                " removed: what is at that path, the new checkpoint or what was there before, is whole."
+            ) from error
         slowest = max(range(len(parts)), key=lambda rank: parts[rank].seconds)
         return msgspec.msgpack.encode(_Verdict(nbytes, slowest, parts[slowest].seconds))
 
@@ -228,12 +187,20 @@ class Job:
         """On rank 0: commit what all ranks have put; returns the size of all shards in bytes."""
         raise NotImplementedError
 
+    def _publish(self, record: commit.Found) -> None:
+        """On rank 0: the last step, which whoever has been held up for too long must not take any more."""
+        self.patience.settle()
+        commit.publish(self.order.storage, record, self.order.previous)
+        self.record, self.committed = record, record.manifest
+
     def _finish(self, report: SaveReport) -> None:
         """Clear up what the checkpoint replaces, now that all ranks know of it, and resolve the pending save."""
         order = self.order
         record, self.record = self.record, None
         if record is not None:
-            commit.clean(order.storage, record)
+            clean = partial(commit.clean, order.storage, record)
+            if not self.patience.tidy(clean, "clean"):
+                log.warning("the save to %s is committed; what it replaced is not removed yet", order.pending.path)
         # A later save may share the shards, which takes none of these.
         self.order = replace(order, skeleton=None, objects={}, own=None)
         order.pending.resolve(report)

@@ -1,6 +1,7 @@
 """The saves and removals of one Checkpointer, in the order of its calls, in the background."""
 
 import logging
+from functools import partial
 
 from shardckpt import commit
 from shardckpt.background import Background, NotTakenError, PendingSave
@@ -8,6 +9,7 @@ from shardckpt.coordinator import told
 from shardckpt.errors import ShardckptError
 from shardckpt.saving.jobs import Job
 from shardckpt.saving.overlap import wait_for_copies
+from shardckpt.saving.patience import Patience
 from shardckpt.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -19,8 +21,9 @@ class Queue:
     ``tolerant``: of a failure nobody is told but by the log and the count.
     """
 
-    def __init__(self, background: Background, *, tolerant: bool) -> None:
+    def __init__(self, background: Background, *, commit_timeout: float, tolerant: bool) -> None:
         self.tolerant = tolerant
+        self._commit_timeout = commit_timeout
         self._background = background
         self._jobs: list[Job] = []
         self._to_remove: list[str] = []
@@ -64,8 +67,9 @@ class Queue:
             if not all(pending.succeeded() for pending in waiting_for):
                 log.warning("%s was to be removed, but is kept: the save that was to replace it failed", storage.url)
                 return
+            patience = Patience(storage, self._commit_timeout)
             try:
-                commit.remove(storage)
+                patience.wait_for(partial(commit.remove, storage, in_time=patience.check), "remove")
             except ShardckptError as error:
                 log.warning("could not remove %s: %s", storage.url, error)
 

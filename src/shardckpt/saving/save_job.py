@@ -31,6 +31,7 @@ class SaveJob(Job):
         assert self._writer is not None, "a job runs once"
         find_place(order)
         own_word = self._writer.run()
+        self.patience.check()
         objects = order.objects if order.speaks else {}
         own = order.own.objects if order.own is not None else {}
         entries = put_objects(order.storage, rank, save_id, objects | own)
@@ -39,8 +40,13 @@ class SaveJob(Job):
             own_word.objects = {path: entries[path] for path in objects}
         if order.own is not None:
             own_word.per_rank = with_objects(order.own, entries)
+        self.patience.check()
         written = commit.put_rank_manifest(order.storage, own_word)
         return msgspec.msgpack.encode(written), written.file.size
+
+    def _give_up(self, error: Exception) -> None:
+        if isinstance(self._writer, ShardWriter):
+            self._writer.give_up(error)
 
     def _forget(self) -> None:
         self._writer = None  # and with it the tensors, which the caller may want to free
@@ -66,6 +72,5 @@ class SaveJob(Job):
             tables = commit.tables(said, order.structure.heads, order.structure.aliases)
             order.structure.known.keep(layouts, tables)
         record = commit.encoded(commit.assemble(order.pending.save_id, files, tables, said))
-        commit.publish(order.storage, record, order.previous)
-        self.record, self.committed = record, record.manifest
+        self._publish(record)
         return sum(file.size for file in files)

@@ -5,10 +5,12 @@ of what they hold at length, where their plan is not known to be good; and at th
 met before, of whether they see the same there. The rest is `write`'s.
 """
 
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,8 +22,9 @@ from shardckpt.errors import StorageError
 from shardckpt.options import Path, SaveOptions
 from shardckpt.saving.alias_job import AliasJob
 from shardckpt.saving.halves import write
-from shardckpt.saving.jobs import Job, Order, failure
+from shardckpt.saving.jobs import Job, Order
 from shardckpt.saving.own import describe, own_sources
+from shardckpt.saving.patience import Patience
 from shardckpt.saving.queue import Queue
 from shardckpt.saving.structure import (
     Descriptions,
@@ -33,6 +36,7 @@ from shardckpt.saving.structure import (
     speaks,
     structure_key,
 )
+from shardckpt.saving.verdict import failure
 from shardckpt.staging import StagingPool
 from shardckpt.state import Flattened, Stepped, flatten
 from shardckpt.storage import Storage, split
@@ -70,6 +74,14 @@ class Last:
         return not pending.done() or (pending.succeeded() and self.job.is_there())
 
 
+class _Placed(msgspec.Struct, array_like=True):
+    """What rank 0 says once there is a place."""
+
+    save_id: str
+    look: bool
+    """Whether all ranks are to look if they see it."""
+
+
 class _Opened(NamedTuple):
     """What a rank knows of its save once all ranks have opened theirs."""
 
@@ -89,13 +101,14 @@ class Series:
     """
 
     def __init__(self, background: Background, *, commit_timeout: float, tolerant: bool) -> None:
-        self.queue = Queue(background, tolerant=tolerant)
+        self.queue = Queue(background, commit_timeout=commit_timeout, tolerant=tolerant)
         self._background = background
         self._commit_timeout = commit_timeout
         self._last: Last | None = None
         self._structure: Structure | None = None
         self._shared: set[str] = set()
-        """Folders in which all ranks have seen what rank 0 put there."""
+        """On rank 0: the directories below which all ranks have seen one place."""
+        self._turn = threading.RLock()
 
     def forget(self) -> None:
         """Let the next save share nothing of those before it."""
@@ -110,7 +123,9 @@ class Series:
     def begin(self, request: Request, operation: Operation, pool: StagingPool) -> PendingSave:
         """Begin a save, on every rank alike; returns once the state may change."""
         try:
-            return self._begin(request, operation, pool)
+            # For threads; a signal's handler that saves amid a save goes on.
+            with self._turn:
+                return self._begin(request, operation, pool)
         except Exception as error:
             # By what all ranks heard, and not by `error`: where several failed, each has one of its own.
             if not self.queue.tolerant or not isinstance(operation.verdict, StorageError):
@@ -146,17 +161,17 @@ class Series:
                     # What compression makes of it is known when it is done.
                     nbytes = structure.nbytes + sum(opening.own_nbytes for opening in openings)
                     needed = nbytes if source is None and request.options.codec is None else 0
-                    previous = commit.open_place(storage, save_id, needed, shares=source.shards_of if source else None)
-                    placing.word = save_id.encode()
-                    placing.undo = lambda: commit.abandon(storage, save_id, [0])
-            if operation.world_size > 1 and not all(opening.shares_place for opening in openings):
-                with turn(operation, "see") as seeing:
-                    seeing.undo = placing.undo
-                    if rank != 0:
-                        commit.check_seen(storage, placing.heard[0].decode())
-                self._shared.add(_folder(storage))
+                    undo = partial(commit.abandon, storage, save_id, [0])
+                    shares = source.shards_of if source else None
+                    open_place = partial(commit.open_place, storage, save_id, needed, shares=shares)
+                    previous = Patience(storage, self._commit_timeout).wait_for(open_place, "open", late=undo)
+                    placing.word = msgspec.msgpack.encode(_Placed(save_id, self._is_new(storage, operation.world_size)))
+                    placing.undo = undo
+            placed = msgspec.msgpack.decode(placing.heard[0], type=_Placed)
+            if placed.look:
+                self._check_shared(operation, storage, placed.save_id, placing.undo)
             with _undoing(placing.undo, begun):
-                pending = PendingSave(path, placing.heard[0].decode(), request.called, request.on_over)
+                pending = PendingSave(path, placed.save_id, request.called, request.on_over)
                 order = Order(
                     pending=pending,
                     operation=background,
@@ -201,18 +216,28 @@ class Series:
             known = self._structure.key if self._structure is not None else ""
             own_nbytes = sum(source.nbytes for source in own_sources(flat))
             opening.word = msgspec.msgpack.encode(
-                Opening(
-                    flat.structure,
-                    flat.outline,
-                    known,
-                    may_alias,
-                    flat.places,
-                    own_nbytes,
-                    shares_place=not storage.has_places or _folder(storage) in self._shared,
-                )
+                Opening(flat.structure, flat.outline, known, may_alias, flat.places, own_nbytes)
             )
         openings = [msgspec.msgpack.decode(word, type=Opening) for word in opening.heard]
         return _Opened(path, storage, flat, stepped, openings)
+
+    def _is_new(self, storage: Storage, world_size: int) -> bool:
+        """Whether nobody knows yet that the ranks see one place there; keys of an object store are the same for all."""
+        return world_size > 1 and storage.has_places and split(storage.url)[0] not in self._shared
+
+    def _check_shared(self, operation: Operation, storage: Storage, save_id: str, undo: Callable[[], None]) -> None:
+        """Raise StorageError, on all ranks, where some of them do not see the place that rank 0 has made."""
+        with turn(operation, "see") as looking:
+            looking.undo = undo
+            look = partial(commit.sees, storage, save_id)
+            sees = operation.rank == 0 or Patience(storage, self._commit_timeout).wait_for(look, "look")
+            looking.word = b"yes" if sees else b"no"
+        seen = [word == b"yes" for word in looking.heard]
+        if not all(seen):
+            undo()
+            operation.verdict = commit.not_shared(storage, save_id, seen)
+            raise operation.verdict
+        self._shared.add(split(storage.url)[0])
 
     def _may_alias(self, version: Hashable | None, url: str) -> bool:
         """Whether a save may share the shards of the last: they are the same, and there, and nothing changes ``url``.
@@ -252,10 +277,6 @@ def _undoing(undo: Callable[[], None], begun: Sequence[Job]) -> Iterator[None]:
 def flatten_selected(state: Any, chosen: SaveOptions, rank: int) -> Flattened:
     """Flatten what the options of a save take of a state."""
     return flatten(state, replicated=chosen.replicated, include=chosen.include, exclude=chosen.exclude, rank=rank)
-
-
-def _folder(storage: Storage) -> str:
-    return split(storage.url)[0]
 
 
 def _own_structure(flat: Flattened) -> str:

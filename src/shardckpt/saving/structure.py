@@ -39,8 +39,6 @@ class Opening(msgspec.Struct, array_like=True):
     """Digest of the names of what differs by rank; empty where this rank has nothing of that kind."""
     own_nbytes: int
     """Of what differs by rank, on this rank."""
-    shares_place: bool
-    """Whether this rank knows that all of them see one place there; object stores are taken for one."""
 
 
 class _WireLayout(msgspec.Struct, array_like=True, frozen=True):

@@ -274,12 +274,15 @@ class Budget:
         self._pool = pool
         self._blocks = None if limit is None else max(1, limit // BLOCK)
         self._held = 0
+        self._given_up: BaseException | None = None
         self._changed = threading.Condition()
 
     def acquire(self) -> Block:
         """A block, after waiting for one to come back where the limit is reached."""
         with self._changed:
             while self._blocks is not None and self._held >= self._blocks:
+                if self._given_up is not None:
+                    raise self._given_up
                 self._changed.wait()
             self._held += 1
         return self._take()
@@ -291,6 +294,12 @@ class Budget:
                 return None
             self._held += 1
         return self._take()
+
+    def give_up(self, error: BaseException) -> None:
+        """Raise ``error`` for whoever waits for a block: those that are out may never come back."""
+        with self._changed:
+            self._given_up = error
+            self._changed.notify_all()
 
     def release(self, block: Block) -> None:
         """Take a block back; see `Block.release`."""

@@ -8,7 +8,6 @@ import builtins
 import errno
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
@@ -21,7 +20,6 @@ from shardckpt.storage.base import (
     BLOCK,
     GET_LIMIT,
     ObjectWriter,
-    Pieces,
     Read,
     Stat,
     Storage,
@@ -30,6 +28,7 @@ from shardckpt.storage.base import (
     copy_plain,
     octets,
 )
+from shardckpt.storage.local_files import LocalWriter, calling, fill, opened
 from shardckpt.storage.translate import translating
 from shardckpt.workers import THREADS
 
@@ -74,10 +73,13 @@ class LocalStorage:
 
     def put(self, name: str, data: bytes, *, replace: bool | bytes, durable: bool = True) -> None:
         path = self.path_of(name)
-        if isinstance(replace, bytes):
-            check_held(self, name, replace)
-        with translating("write", path), self._written_aside(data, durable=durable) as (aside, descriptor):
-            if replace is not False:
+        with calling("write", path), self._written_aside(data, durable=durable) as (aside, descriptor):
+            if isinstance(replace, bytes):
+                # Last of all, and with nobody else between the look and the switch.
+                with posix.locked(path):
+                    check_held(self, name, replace)
+                    os.replace(aside, path)
+            elif replace:
                 os.replace(aside, path)
             else:
                 _link_new(aside, descriptor, path)
@@ -86,38 +88,38 @@ class LocalStorage:
 
     def get(self, name: str, *, limit: int = GET_LIMIT) -> bytes:
         path = self.path_of(name)
-        with translating("read", path), _opened(path) as (descriptor, size):
+        with calling("read", path), opened(path) as (descriptor, size):
             if size > limit:
                 raise CorruptCheckpointError(f"{path} is {size} bytes long, more than the {limit} that are sensible")
             data = bytearray(size)
-            _fill(path, descriptor, 0, memoryview(data))
+            fill(path, descriptor, 0, memoryview(data))
             return bytes(data)
 
     def read_into(self, name: str, offset: int, into: memoryview, *, cached: bool = True) -> None:
         path = self.path_of(name)
         into = octets(into)
-        with translating("read", path), _opened(path) as (descriptor, _):
+        with calling("read", path), opened(path) as (descriptor, _):
             done = 0 if cached else posix.read_direct(descriptor, into, offset)
-            _fill(path, descriptor, offset + done, into[done:])
+            fill(path, descriptor, offset + done, into[done:])
 
     def stream(self, name: str, start: int, stop: int) -> AbstractContextManager[Read]:  # noqa: ARG002 - reads are no requests
         return nullcontext(partial(self.read_into, name, cached=False))
 
     def in_cache(self, name: str, offset: int, nbytes: int) -> bool:
         path = self.path_of(name)
-        with translating("look at", path), _opened(path) as (descriptor, size):
+        with calling("look at", path), opened(path) as (descriptor, size):
             nbytes = min(nbytes, size - offset)
             return nbytes > 0 and posix.is_resident(descriptor, offset, nbytes)
 
     def size(self, name: str) -> int:
         path = self.path_of(name)
-        with translating("look at", path), _opened(path) as (_, size):
+        with calling("look at", path), opened(path) as (_, size):
             return size
 
     def list(self) -> builtins.list[Stat]:
         """Return the regular files, by name. Links to files are left out, since they would not be read either."""
         found = []
-        with translating("list", self.url):
+        with calling("list", self.url):
             for entry in self._entries():
                 # A file that another process removes between the listing and the look is simply not there.
                 with suppress(FileNotFoundError):
@@ -128,13 +130,13 @@ class LocalStorage:
 
     def children(self) -> builtins.list[str]:
         """Return the names of the directories and of the links to directories, sorted."""
-        with translating("list", self.url):
+        with calling("list", self.url):
             return sorted(entry.name for entry in self._entries() if posix.is_directory(entry))
 
     def delete(self, names: Sequence[str]) -> None:
         for name in names:
             path = self.path_of(name)
-            with translating("delete", path), suppress(FileNotFoundError):
+            with calling("delete", path), suppress(FileNotFoundError):
                 os.unlink(path)
 
     def copy_from(self, other: Storage, names: Sequence[str]) -> None:
@@ -145,14 +147,14 @@ class LocalStorage:
         self.sync()
 
     def prepare(self) -> None:
-        with translating("make the directory", self.url):
+        with calling("make the directory", self.url):
             _make_directories(self._directory)
         # Asking for permission bits would not do: root ignores them, network file systems have rules of their own.
-        with translating("write a file into", self.url), self._written_aside(b"", durable=False):
+        with calling("write a file into", self.url), self._written_aside(b"", durable=False):
             pass
 
     def remove_place(self) -> None:
-        with translating("remove the directory", self.url):
+        with calling("remove the directory", self.url):
             try:
                 os.rmdir(self._directory)
             except OSError as error:
@@ -162,7 +164,7 @@ class LocalStorage:
             posix.sync_directory(os.path.dirname(self._directory))
 
     def unlink_link(self) -> bool:
-        with translating("remove the link", self.url):
+        with calling("remove the link", self.url):
             if not os.path.islink(self._directory):
                 return False
             with suppress(FileNotFoundError):
@@ -184,7 +186,7 @@ class LocalStorage:
         return None
 
     def sync(self) -> None:
-        with translating("sync the directory", self.url):
+        with calling("sync the directory", self.url):
             posix.sync_directory(self._directory)
             # Not only where this process made a directory: another may have made it just now, and not synced it yet.
             directory = os.path.realpath(self._directory)
@@ -223,99 +225,6 @@ class LocalStorage:
                 os.unlink(aside)
 
 
-class LocalWriter:
-    """One file being written, under its final name. The :class:`~shardckpt.storage.ObjectWriter` contract applies."""
-
-    def __init__(self, path: str, size_hint: int) -> None:
-        self._path = path
-        self._pieces = Pieces(path)
-        self._committed = False
-        with translating("create", path):
-            self._buffered = posix.open_new(path)
-        self._direct = posix.open_direct(path)
-        try:
-            with translating(f"reserve {size_hint} bytes for", path):
-                posix.preallocate(self._buffered, size_hint)
-        except BaseException:
-            self.abort()
-            raise
-
-    def write(self, offset: int, data: memoryview) -> None:
-        data = octets(data)
-        with self._pieces.writing(offset, len(data)), translating("write", self._path):
-            done = 0
-            if self._direct is not None and posix.is_aligned(data):
-                done = posix.write_direct(self._direct, data, offset)
-            # What direct I/O left over begins on a page of its own: the two ways never touch the same page.
-            posix.write_fully(self._buffered, data[done:], offset + done)
-
-    def commit(self) -> None:
-        size = self._pieces.finish()
-        with translating("commit", self._path):
-            os.ftruncate(self._buffered, size)
-            posix.sync_file(self._buffered)
-            self._close()
-            posix.sync_directory(os.path.dirname(self._path))
-        self._committed = True
-
-    def abort(self) -> None:
-        if self._committed:
-            return
-        self._pieces.close()
-        with suppress(OSError):
-            self._close()
-        with suppress(OSError):
-            os.unlink(self._path)
-
-    def _close(self) -> None:
-        buffered, self._buffered = self._buffered, -1
-        direct, self._direct = self._direct, None
-        try:
-            if direct is not None:
-                os.close(direct)
-        finally:
-            if buffered >= 0:
-                os.close(buffered)
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[tuple[int, int]]:
-    """Open a file of a checkpoint for reading; yield its descriptor and its size in bytes.
-
-    A checkpoint may come from anywhere, so a symbolic link (which may lead out of it), a pipe (on which one would wait
-    for ever) or a device is refused.
-    """
-    try:
-        # Without O_NONBLOCK opening a pipe waits for its other end; on a regular file the flag has no effect.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise CorruptCheckpointError(
-                f"{path} is a symbolic link, and those are not followed inside a checkpoint: put the file itself there"
-            ) from error
-        raise
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptCheckpointError(f"{path} is not a regular file")
-        yield descriptor, status.st_size
-    finally:
-        os.close(descriptor)
-
-
-def _fill(path: str, descriptor: int, offset: int, into: memoryview) -> None:
-    """Fill ``into`` from byte ``offset`` on; every read of a local file ends here, that of its last bytes at least."""
-    wanted = len(into)
-    while into:
-        got = os.preadv(descriptor, [into], offset)
-        if not got:
-            raise CorruptCheckpointError(
-                f"{path} is too short: it ends at byte {offset}, {len(into)} of the {wanted} bytes wanted are missing"
-            )
-        offset += got
-        into = into[got:]
-
-
 def _link_new(aside: str, descriptor: int, path: str) -> None:
     """Give the file ``aside`` the name ``path``, unless that exists."""
     try:
@@ -333,7 +242,7 @@ def _link_new(aside: str, descriptor: int, path: str) -> None:
 
 def _try_link(source: str, target: str) -> bool:
     """Hard-link a regular file; False where that is impossible and a copy has to be made."""
-    with translating("copy", source), _opened(source):
+    with calling("copy", source), opened(source):
         try:
             os.link(source, target, follow_symlinks=False)
         except FileExistsError as error:

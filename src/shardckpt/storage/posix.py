@@ -10,6 +10,8 @@ import mmap
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -40,6 +42,24 @@ def host() -> str:
 def open_new(path: str) -> int:
     """Create a file for writing, with the permissions that the umask leaves; FileExistsError if the name is taken."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+@contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold a file against other processes of this host that lock it too, where it is there and can be locked.
+
+    What counts is the file that bears the name when it is locked, and not which one does afterwards.
+    """
+    descriptor: int | None = None
+    try:
+        with suppress(OSError):
+            # For writing: a network file system gives no other an exclusive lock.
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def open_direct(path: str) -> int | None:

@@ -74,6 +74,10 @@ class Output:
         """Make the object durable."""
         self._begun.commit()
 
+    def give_up(self, error: BaseException) -> None:
+        """Release the blocks that no thread has begun to write; see `Workers.give_up`."""
+        self._workers.give_up(error)
+
     def abort(self) -> None:
         """Remove what was written, if anything was."""
         if self._object is not None:

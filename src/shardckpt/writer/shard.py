@@ -2,13 +2,14 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from shardckpt.codecs import digest, digests_text
 from shardckpt.garbage import held_off
 from shardckpt.manifest import RankManifest, ShardEntry
 from shardckpt.safetensors_format import Listed
-from shardckpt.staging import Block, Source, StagingPool
+from shardckpt.staging import Block, Budget, Source, StagingPool
 from shardckpt.storage import Storage
 from shardckpt.workers import THREADS
 from shardckpt.writer.output import Output
@@ -60,12 +61,14 @@ class ShardWriter:
         self._blocks: SimpleQueue[Block | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
+        self._lender: Budget | None = None
 
     def emit(self, block: Block) -> None:
         """Take the next block of the stream. Once writing has failed, release it and raise that error."""
         with self._lock:
             error = self._error
             if error is None:
+                self._lender = block.budget
                 self._blocks.put(block)
         if error is not None:
             block.release()
@@ -79,6 +82,19 @@ class ShardWriter:
         """Say that there will be no more blocks because of `error`, which `run` is to raise."""
         self._fail(error)
         self._blocks.put(None)
+
+    def give_up(self, error: BaseException) -> None:
+        """End what waits for a `run` that is not to come, or hangs in the storage and may never return.
+
+        Staging ends with ``error``. Blocks that nobody writes are released; those that a call may still read stay out,
+        and come back if it returns.
+        """
+        self._fail(error)
+        self._drain()
+        self._blocks.put(None)
+        self._out.give_up(error)
+        if self._lender is not None:
+            self._lender.give_up(error)
 
     def run(self) -> RankManifest:
         """Write all blocks as they come, and return once the file is durable.
@@ -127,10 +143,11 @@ class ShardWriter:
 
     def _drain(self) -> None:
         """Release the blocks that nobody will write. After `_fail` no more come."""
-        while not self._blocks.empty():
-            block = self._blocks.get()
-            if block is not None:
-                block.release()
+        with suppress(Empty):
+            while True:
+                block = self._blocks.get_nowait()
+                if block is not None:
+                    block.release()
 
     @held_off()
     def _describe(self, stored: Stored) -> RankManifest:
