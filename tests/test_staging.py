@@ -274,9 +274,11 @@ def test_closed_pool_refuses(pool: StagingPool) -> None:
 def test_forked_child_gets_a_clear_error(pool: StagingPool) -> None:
     """The memory isn't in a child, where others may use its addresses: it is neither touched nor unmapped there."""
     Budget(pool, None).acquire().release()
+    held = pool._lock.acquire()  # as a thread that the child does not have may
     child = os.fork()
     if child == 0:
         status = 1
+        gc.freeze()  # of what other tests left, finalizers may wait for threads of the parent
         try:
             pool.take()
         except UsageError:
@@ -291,6 +293,8 @@ def test_forked_child_gets_a_clear_error(pool: StagingPool) -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert held
+    pool._lock.release()
     assert pool.take() is not None
 
 

@@ -177,7 +177,12 @@ class StagingPool:
         self._pinning = torch.cuda.is_available() and not self._refused
 
     def close(self) -> None:
-        """Let go of the memory. Blocks still out stay valid until their holders drop them. May be called twice."""
+        """Let go of the memory. Blocks still out stay valid until their holders drop them. May be called twice.
+
+        A forked child has none of it, and in it a thread that is not there may hold the lock.
+        """
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             self._closed = True
             self._free.clear()

@@ -83,7 +83,9 @@ def copy(
     for attempt in range(_RESTARTS):
         found = commit.read(place, reading, told)
         try:
-            return CopyReport(place, into, found.manifest.save_id, _copy(found, reading, writing, overwrite, progress))
+            return CopyReport(
+                place, into, found.manifest.save_id, _copy(found, reading, into, writing, overwrite, progress)
+            )
         except (CorruptCheckpointError, ObjectNotFoundError):
             # A training that overwrites its last.ckpt beside this has taken the files away.
             now = commit.find(reading)
@@ -92,17 +94,15 @@ def copy(
     raise AssertionError("the last attempt returns or raises")
 
 
-def _copy(found: commit.Found, source: Storage, target: Storage, overwrite: bool, progress: Progress) -> int:
-    """Copy what was found; returns the bytes copied."""
+def _copy(found: commit.Found, source: Storage, into: str, target: Storage, overwrite: bool, progress: Progress) -> int:
+    """Copy what was found to ``target``, which the caller calls ``into``; returns the bytes copied."""
     held = commit.find_bytes(target)
     if held == found.data:
         return 0
     if held is None:
-        _check_room(target.url, target)
+        _check_room(into, target)
     elif not overwrite:
-        raise UsageError(
-            f"{target.url} holds another checkpoint. Nothing was changed; overwrite (--overwrite) replaces it."
-        )
+        raise UsageError(f"{into} holds another checkpoint. Nothing was changed; overwrite (--overwrite) replaces it.")
     _Copy(source, found, target, progress).run(held)
     return nbytes_of(found.manifest) + len(found.data)
 
