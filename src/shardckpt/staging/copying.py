@@ -154,6 +154,6 @@ def _workers(sources: Sequence[Source], threads: int) -> Iterator[Workers | None
 
 def side_stream(device: torch.device) -> Any:
     """A stream of our own, ordered after all that this thread has queued on `device`. Not yet run: it needs a GPU."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     return stream

@@ -248,7 +248,7 @@ def _clear_cuda_error() -> None:
 
 def _cudart() -> Any:
     """CUDA's runtime library, as far as torch exposes it; torch doesn't annotate it."""
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return torch.cuda.cudart()
 
 
 def _map_arena() -> list[Block]:

@@ -52,7 +52,7 @@ def install(live: Tensor, filled: Tensor) -> None:
         filled = torch.Tensor._make_subclass(type(live), filled)  # as nn.Parameter does
     filled.requires_grad_(live.requires_grad)
     filled.__dict__.update(live.__dict__)
-    torch.utils.swap_tensors(live, filled)  # type: ignore[no-untyped-call]
+    torch.utils.swap_tensors(live, filled)
 
 
 def meta_tensors(state: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

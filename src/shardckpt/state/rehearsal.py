@@ -37,7 +37,7 @@ def rehearse(module: nn.Module, state_dict: dict[str, Any]) -> Verdict | None:
         for name, value in state_dict.items():
             if (shape := getattr(value, "shape", None)) is not None:
                 state_dict[name] = torch.empty(tuple(shape), device="meta")
-        twin.register_load_state_dict_pre_hook(listen)  # type: ignore[no-untyped-call]
+        twin.register_load_state_dict_pre_hook(listen)
         with torch.device("meta"):  # what loading code makes up has no data either
             twin.load_state_dict(state_dict, strict=False)
     except Exception:  # noqa: BLE001 - the module's code need not cope with a twin, nor with tensors without data
