@@ -92,6 +92,34 @@ def test_import_stays_light() -> None:
     assert done.stdout.split() == []
 
 
+ALONE = """
+import sys, warnings
+for name in "numpy s3fs obstore lightning pytorch_lightning typer rich safetensors transformers".split():
+    sys.modules[name] = None
+warnings.simplefilter("ignore")  # torch misses numpy, too
+import torch, shardckpt
+from shardckpt.tools import convert, diff
+root = sys.argv[1]
+state = {"model": torch.nn.Linear(3, 4), "loose": torch.arange(5)}
+shardckpt.save(state, f"{root}/one")
+shardckpt.async_save(state | {"loose": torch.arange(5) + 7}, f"{root}/other").result()
+shardckpt.load(f"{root}/other", state)
+assert state["loose"].tolist() == [7, 8, 9, 10, 11], state
+assert not shardckpt.verify(f"{root}/one").faults
+assert {one.max_abs for one in diff(f"{root}/one", f"{root}/other").tensors if one.verdict != "equal"} == {7}
+convert(f"{root}/one", f"{root}/one.safetensors")
+convert(f"{root}/one.safetensors", f"{root}/back")
+assert shardckpt.load(f"{root}/back")["loose"].tolist() == [0, 1, 2, 3, 4]
+"""
+
+
+def test_what_is_no_dependency_is_not_needed(tmp_path) -> None:
+    """Where nothing but torch and the core's own dependencies is installed, all works that names none of the others."""
+    program = [sys.executable, "-c", ALONE, str(tmp_path)]
+    done = subprocess.run(program, check=False, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_types_are_shipped() -> None:
     """Type checkers read our annotations only if the marker is part of the package."""
     assert files("shardckpt").joinpath("py.typed").is_file()

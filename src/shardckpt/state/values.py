@@ -30,7 +30,7 @@ from typing import Any, Final
 
 import torch
 
-from shardckpt.errors import CorruptCheckpointError, UnserialisableError
+from shardckpt.errors import CorruptCheckpointError, UnserialisableError, UsageError
 
 Json = Any
 
@@ -134,7 +134,10 @@ def _encode_numpy(value: Any) -> Json:
 
 
 def _decode_numpy(argument: list[str]) -> Any:
-    import numpy
+    try:
+        import numpy
+    except ImportError as error:
+        raise UsageError("the state has a value of numpy, which is not installed here: pip install numpy") from error
 
     name, text = argument
     if not _NUMPY_DTYPE.fullmatch(name) or (dtype := numpy.dtype(name)).hasobject:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-import numpy
 import torch
 from torch import Tensor
 
@@ -255,6 +254,15 @@ def _note(found: TensorDifference, apart: Number) -> None:
 
 def _integers_apart(a: Tensor, b: Tensor) -> int:
     """The largest difference between integers or booleans of one dtype, exactly."""
-    x, y = a.numpy(), b.numpy()
-    # Their difference fits into 64 bits without a sign, and wrapping around on the way does it no harm.
-    return int((numpy.maximum(x, y).astype(numpy.uint64) - numpy.minimum(x, y).astype(numpy.uint64)).max())
+    x, y = _ordered(a), _ordered(b)
+    # It fits into 64 bits without a sign: what wraps around to a negative number is 2^64 more than that.
+    apart = torch.maximum(x, y) - torch.minimum(x, y)
+    wrapped = apart[apart < 0]
+    return int(wrapped.max()) + (1 << 64) if len(wrapped) else int(apart.max())
+
+
+def _ordered(integers: Tensor) -> Tensor:
+    """As int64, in the same order and as far apart."""
+    if integers.dtype != torch.uint64:
+        return integers.to(torch.int64)
+    return integers.view(torch.int64) ^ torch.iinfo(torch.int64).min

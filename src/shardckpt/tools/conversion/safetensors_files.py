@@ -1,5 +1,6 @@
 """Files of safetensors: one, or several with an index, as Hugging Face lays models out."""
 
+import ctypes
 import json
 import mmap
 import os
@@ -201,4 +202,5 @@ def _write_file(tensors: list[_Tensor], metadata: Mapping[str, str], output: Out
     for _, tensor, _ in tensors:
         if tensor.nbytes:
             flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-            output.write(flat.view(torch.uint8).numpy())
+            # Where numpy is missing, which is torch's way to a buffer, this is one all the same.
+            output.write((ctypes.c_uint8 * flat.nbytes).from_address(flat.data_ptr()))
