@@ -107,8 +107,8 @@ def test_every_n_steps_and_retention(tmp_path: Path, lightning: Any, Toy: Any, m
     seen: list[set[str]] = []
     remove = commit.remove
 
-    def watching(storage: Any) -> None:
-        remove(storage)
+    def watching(storage: Any, **options: Any) -> None:
+        remove(storage, **options)
         seen.append(toy.complete(tmp_path))
 
     monkeypatch.setattr(commit, "remove", watching)
