@@ -50,7 +50,8 @@ def main() -> None:
             if (step + 1) % chosen.every == 0:
                 dist.all_reduce(mean := loss.detach() / world_size)
                 manager.save(step + 1, state, {"loss": mean.item()})  # training goes on meanwhile
-                print(f"rank {rank} of {world_size}: step {step + 1}, loss {mean.item():.4f}", flush=True)
+                if rank == 0:
+                    print(f"step {step + 1} on {world_size} ranks: loss {mean.item():.4f}", flush=True)
     dist.destroy_process_group()
 
 
