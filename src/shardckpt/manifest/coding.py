@@ -60,7 +60,7 @@ def _decode(data: bytes, kind: type[AnyManifest], where: str, *, doubted: bool =
         return manifest
     except UnsupportedFormatError as error:
         raise UnsupportedFormatError(f"{where}: {error}") from error
-    except (ValueError, zstandard.ZstdError, RecursionError, MemoryError) as error:
+    except (msgspec.MsgspecError, ValueError, zstandard.ZstdError, RecursionError, MemoryError) as error:
         _refuse_newer(data, where, error)
         raise CorruptCheckpointError(
             f"{where} is not a manifest of format v{VERSION}: {error}. It is damaged or truncated; load another "
@@ -102,7 +102,7 @@ def _refuse_newer(data: bytes, where: str, error: Exception) -> None:
         check_format(head.format, head.version)
     except UnsupportedFormatError as newer:
         raise UnsupportedFormatError(f"{where}: {newer}") from error
-    except (ValueError, RecursionError):
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return
 
 

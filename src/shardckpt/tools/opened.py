@@ -67,7 +67,7 @@ def is_foreign(storage: Storage) -> bool:
     """Whether the ``manifest.json`` of a place is somebody else's: JSON, as web pages have it, of another format."""
     try:
         said = msgspec.json.decode(storage.get(MANIFEST, limit=_FOREIGN_BYTES))
-    except (ShardckptError, ValueError, RecursionError):
+    except (ShardckptError, msgspec.MsgspecError, ValueError, RecursionError):
         return False
     return not isinstance(said, dict) or said.get("format") != FORMAT
 
