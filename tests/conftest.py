@@ -8,6 +8,7 @@ import pytest
 
 import ranks
 from s3_server import S3Place, S3Server, running, running_weed
+from shardckpt.commit import clearing
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +57,12 @@ def _stop_ranks() -> Iterator[None]:
     """The ranks' processes live until the session's end, and no longer."""
     yield
     ranks.stop_all()
+
+
+@pytest.fixture
+def no_lease_left() -> Iterator[None]:
+    """Afterwards no save that the test cut off renews its marker."""
+    yield
+    for lease in clearing._leases.values():
+        lease.release()
+    clearing._leases.clear()

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from shardckpt.commit import clearing
 from shardckpt.saving import halves
 from shardckpt.storage import Storage, open_storage, posix
 from storage.wrappers import FaultyStorage, SlowStorage, WrapperStorage
+
+pytestmark = pytest.mark.usefixtures("no_lease_left")
 
 BROKEN = shardckpt.StorageError("the cable is out")
 
@@ -67,14 +69,6 @@ def wrapped(monkeypatch: pytest.MonkeyPatch) -> Wrap:
         monkeypatch.setattr(checkpointer, "open_storage", lambda *args: make(original(*args)))
 
     return wrap
-
-
-@pytest.fixture(autouse=True)
-def _no_lease_left() -> Iterator[None]:
-    yield
-    for lease in clearing._leases.values():
-        lease.release()
-    clearing._leases.clear()
 
 
 def state(value: float) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from shardckpt.commit import clearing
 from shardckpt.storage import BLOCK
 from shardckpt.workers import threads, under_way
 
+pytestmark = pytest.mark.usefixtures("no_lease_left")
+
 TIMEOUT = 2.0
 """Seconds: ``commit_timeout``. Other calls have to return within nine tenths of it, and do within milliseconds."""
 HANG_SECONDS = 60.0
@@ -67,14 +69,6 @@ def stall(disk: Disk) -> Iterator[Stall]:
     yield stall
     stall.over.set()
     join_all()
-
-
-@pytest.fixture(autouse=True)
-def _no_lease_left() -> Iterator[None]:
-    yield
-    for lease in clearing._leases.values():
-        lease.release()
-    clearing._leases.clear()
 
 
 @pytest.mark.parametrize("compression", (None, "zstd"))

@@ -18,7 +18,8 @@ import faults
 import shardckpt
 from faults import Disk, is_shard
 from shardckpt import Checkpointer, checkpointer
-from shardckpt.commit import clearing
+
+pytestmark = pytest.mark.usefixtures("no_lease_left")
 
 MIB = 1 << 20
 
@@ -58,14 +59,6 @@ def named(path: Path) -> set[str]:
 def disk() -> Iterator[Disk]:
     with faults.broken() as broken:
         yield broken
-
-
-@pytest.fixture(autouse=True)
-def _no_lease_left() -> Iterator[None]:
-    yield
-    for lease in clearing._leases.values():
-        lease.release()
-    clearing._leases.clear()
 
 
 def is_word(path: str) -> bool:

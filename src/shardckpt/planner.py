@@ -235,10 +235,10 @@ def _check_agreement(claims: Sequence[_Claim], views: Sequence[_View]) -> Held:
     previous = first_view
     for number, held in claims[1:]:
         if number == previous:
-            raise ConflictingStateError(f"tensor {held.fqn!r}: {_ranks(views[number].ranks)} name it twice")
+            raise ConflictingStateError(f"tensor {held.fqn!r}: {named_ranks(views[number].ranks)} name it twice")
         for what, ours, theirs in (("shape", tensor.shape, held.shape), ("dtype", tensor.dtype, held.dtype)):
             if ours != theirs:
-                here, there = _ranks(views[first_view].ranks), _ranks(views[number].ranks)
+                here, there = named_ranks(views[first_view].ranks), named_ranks(views[number].ranks)
                 raise ConflictingStateError(f"tensor {held.fqn!r} has {what} {ours} on {here}, but {theirs} on {there}")
         previous = number
     return tensor
@@ -251,7 +251,7 @@ def _layout_error(
     name = f"tensor {tensor.fqn!r} of shape {tensor.shape}"
 
     def who(*held: Box) -> str:
-        return _ranks(rank for box in held for number in holders[box] for rank in views[number].ranks)
+        return named_ranks(rank for box in held for number in holders[box] for rank in views[number].ranks)
 
     def named(index: int) -> str:
         return f"[{slice_notation(boxes[index])}] on {who(boxes[index])}"
@@ -267,7 +267,7 @@ def _layout_error(
     )
 
 
-def _ranks(ranks: Iterable[int], most: int = 8) -> str:
+def named_ranks(ranks: Iterable[int], most: int = 8) -> str:
     """Ranks as text, the first few of many: ``rank 3``, ``ranks 0, 2``."""
     listed = sorted(set(ranks))
     text = ", ".join(map(str, listed[:most])) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -7,6 +7,7 @@ from typing import Final, TypeVar
 
 from shardckpt import filenames
 from shardckpt.errors import ObjectNotFoundError, StorageError
+from shardckpt.planner import named_ranks
 from shardckpt.storage import Storage, join
 
 LATE_SECONDS: Final = 30.0
@@ -14,7 +15,6 @@ LATE_SECONDS: Final = 30.0
 again after so long."""
 _PAUSE_SECONDS: Final = 0.05
 _LONGEST_PAUSE_SECONDS: Final = 1.0
-_NAMED: Final = 8
 
 T = TypeVar("T")
 
@@ -48,16 +48,11 @@ def sees(storage: Storage, save_id: str) -> bool:
 
 def not_shared(storage: Storage, save_id: str, seen: Sequence[bool]) -> StorageError:
     """The error where some ranks do not see the marker; ``seen`` by rank."""
-    blind = [rank for rank, sees in enumerate(seen) if not sees]
+    blind = named_ranks(rank for rank, sees in enumerate(seen) if not sees)
+    others = named_ranks(rank for rank, sees in enumerate(seen) if sees)
     marker = join(storage.url, filenames.marker_name(save_id))
-    others = [rank for rank, sees in enumerate(seen) if sees]
     return StorageError(
-        f"{storage.url} is not one place for all ranks. Rank 0 has made {marker}, which {_listed(others)} can see and"
-        f" {_listed(blind)} cannot. All ranks must save to one shared file system, mounted at the same path on every"
-        " node, or to an object store; a node's own disk is neither. Nothing was written."
+        f"{storage.url} is not one place for all ranks. Rank 0 has made {marker}, which {others} can see and {blind}"
+        " cannot. All ranks must save to one shared file system, mounted at the same path on every node, or to an"
+        " object store; a node's own disk is neither. Nothing was written."
     )
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    names = ", ".join(map(str, ranks[:_NAMED])) + (f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else "")
-    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"

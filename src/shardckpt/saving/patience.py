@@ -27,7 +27,7 @@ class Patience:
         self._lock = threading.Lock()
         self.given_up: StorageError | None = None
         """What it is given up for. Whoever wakes up after that has missed the end of the save."""
-        self._is_settling = self._was_left = False
+        self._is_settling = False
 
     def wait_for(self, do: Callable[[], T], name: str, *, late: Callable[[], None] | None = None) -> T:
         """What ``do`` returns, called in a thread of its own.
@@ -61,7 +61,7 @@ class Patience:
     @property
     def may_yet_settle(self) -> bool:
         """Whether it was given up too late: what cannot be taken back may be done whenever the call returns."""
-        return self._is_settling and self._was_left
+        return self._is_settling and self.given_up is not None
 
     def _wait_for(self, do: Callable[[], T], name: str, seconds: float, late: Callable[[], None] | None) -> T:
         is_done = is_left = False
@@ -97,7 +97,6 @@ class Patience:
 
     def _give_up(self, call: under_way.Call) -> NoReturn:
         with self._lock:
-            self._was_left = True
             self.given_up = self.given_up or StorageError(
                 f"{call}. The file system does not answer. Look after it; what waits for it keeps its memory."
             )
