@@ -1,14 +1,17 @@
 """What the package shows to the outside: its names, its types, and what importing it costs."""
 
+import inspect
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
 from importlib.resources import files
+from typing import get_type_hints
 
 import pytest
 
 import shardckpt
 from shardckpt import errors
+from shardckpt.options import CheckpointerOptions
 
 EXPORTED = [
     "CheckpointManager",
@@ -136,3 +139,13 @@ def test_entry_points_resolve(package: str) -> None:
 def test_version_is_the_installed_one() -> None:
     """Manifests name the version that wrote them, so there is one source for it."""
     assert shardckpt.__version__ == version("shardckpt")
+
+
+def test_the_options_that_are_passed_on_are_those_of_the_checkpointer() -> None:
+    """Whoever types `ShardedCheckpointIO(` is offered what `Checkpointer` takes, of the same types."""
+    taken = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(shardckpt.Checkpointer).parameters.items()
+        if name != "alone"
+    }
+    assert taken == get_type_hints(CheckpointerOptions)

@@ -1,17 +1,36 @@
 """The options of saves and loads: what they may be."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypedDict
 
 from shardckpt.errors import UsageError
+from shardckpt.reports import LoadReport, SaveReport
 
 Compression = Literal["zstd"] | tuple[Literal["zstd"], int] | None
 Path = str | os.PathLike[str]
 ShareReads = Literal["auto"] | bool
 Overlap = Literal["step"] | None
 OnSaveError = Literal["raise", "warn"]
+
+
+class CheckpointerOptions(TypedDict, total=False):
+    """What `shardckpt.Checkpointer` takes, for those who pass it on: editors and type checkers then know the names."""
+
+    storage_options: Mapping[str, Any] | None
+    compression: Compression
+    replicated: bool | Sequence[str]
+    include: Sequence[str] | None
+    exclude: Sequence[str] | None
+    staging_limit: int | None
+    overlap: Overlap
+    timeout: float
+    commit_timeout: float
+    on_save_error: OnSaveError
+    on_report: Callable[[SaveReport | LoadReport], None] | None
+    share_reads: ShareReads
+
 
 _DEFAULT_LEVEL: Final = 1
 """zstd's level where none is named: checkpoints are written often, and noise compresses no better at higher ones."""

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 from torch.optim import Optimizer
@@ -26,6 +26,7 @@ from shardckpt.lightning.lazy import plain
 from shardckpt.lightning.living import living
 from shardckpt.lightning.places import Places, Resume
 from shardckpt.lightning.sharing import Nesting, Running, Twins
+from shardckpt.options import CheckpointerOptions
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO as _CheckpointIO
@@ -53,7 +54,9 @@ class ShardedCheckpointIO(_CheckpointIO):
         UsageError: an option is unknown or has an impossible value.
     """
 
-    def __init__(self, *, resume: Resume = None, log_reports: bool = False, **options: Any) -> None:
+    def __init__(
+        self, *, resume: Resume = None, log_reports: bool = False, **options: Unpack[CheckpointerOptions]
+    ) -> None:
         super().__init__()
         self._resume = resume
         self._log_reports = log_reports
@@ -86,7 +89,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         living.add(self)
 
     def _make(self, *, alone: bool) -> Checkpointer:
-        hearing = {"on_report": self.figures.hear} if self.figures is not None else {}
+        hearing: CheckpointerOptions = {} if self.figures is None else {"on_report": self.figures.hear}
         try:
             return Checkpointer(**(self._options | hearing), alone=alone)
         except TypeError as error:
@@ -347,8 +350,7 @@ class ShardedCheckpointIO(_CheckpointIO):
     @property
     def timeout(self) -> float:
         """Seconds to wait for the other ranks."""
-        timeout: float = self._options.get("timeout", agreement.TIMEOUT)
-        return timeout
+        return self._options.get("timeout", agreement.TIMEOUT)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
