@@ -42,7 +42,7 @@ if [[ $STORAGE != local && $STORAGE != s3 ]]; then
   exit 2
 fi
 if [[ $# -gt 0 && $STORAGE != local ]]; then
-  echo "--storage is for the demonstration: your own script names the place of its checkpoints itself" >&2
+  echo "--storage (or STORAGE) is for the demonstration: your own script names the place of its checkpoints itself" >&2
   exit 2
 fi
 if [[ $# -gt 0 && ! -f $1 ]]; then

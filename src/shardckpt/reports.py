@@ -90,7 +90,7 @@ class LoadReport:
         differences += f", per_rank={[*self.per_rank]}" if self.per_rank else ""
         retries = f", {self.retries} retries" if self.retries else ""
         return (
-            f"LoadReport({self.path!r}, {len(self.restored)} tensors, {size_text(self.bytes_read)} read{received} in"
+            f"LoadReport({self.path!r}, {len(self.restored)} tensor(s), {size_text(self.bytes_read)} read{received} in"
             f" {self.seconds:.3f} s{retries}{differences})"
         )
 
@@ -151,7 +151,7 @@ class VerifyReport:
     def __repr__(self) -> str:
         verdict = "ok" if self.ok else f"{len(self.faults)} FAULT(S), the first: {self.faults[0]}"
         return (
-            f"VerifyReport({self.path!r}, {self.tensors} tensors, {size_text(self.bytes_read)} read in"
+            f"VerifyReport({self.path!r}, {self.tensors} tensor(s), {size_text(self.bytes_read)} read in"
             f" {self.seconds:.3f} s: {verdict})"
         )
 
