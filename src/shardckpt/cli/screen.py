@@ -98,8 +98,11 @@ def row(made: Table, *cells: Any) -> None:
 def meter(what: str) -> Iterator[Meter]:
     """A bar on standard error while something is read or written; nothing where that is no terminal."""
     screen = Console(stderr=True)
+    if not screen.is_terminal:  # where older releases of rich print an empty line, though the bar is disabled
+        yield lambda *_: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+    with Progress(*columns, console=screen, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
