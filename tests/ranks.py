@@ -157,9 +157,9 @@ def _drop_groups() -> None:
     """Destroy the groups that a case has made: gloo has two threads poll for each, and hundreds keep a machine busy."""
     import torch.distributed as dist
 
-    from shardckpt.reader import rounds
+    from shardckpt.reader import group as exchanging
 
-    kept = {dist.group.WORLD, *rounds._groups.values()}
+    kept = {dist.group.WORLD, *exchanging._groups.values()}
     for group in [group for group in dist.distributed_c10d._world.pg_map if group not in kept]:
         dist.destroy_process_group(group)
 

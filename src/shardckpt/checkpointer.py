@@ -13,12 +13,7 @@ from typing import Any, Final, TypeVar
 from shardckpt import commit, coordinator, loading, options, saving
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, taking_part, turn
-from shardckpt.errors import (
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    ObjectNotFoundError,
-    StorageError,
-)
+from shardckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, ObjectNotFoundError, StorageError
 from shardckpt.loading import OpenCheckpoint
 from shardckpt.options import Compression, OnSaveError, Path, SaveOptions, ShareReads
 from shardckpt.relocation import MapLocation

@@ -15,10 +15,7 @@ from shardckpt import manifest as mf
 from shardckpt.box import full_box
 from shardckpt.codecs import torch_dtype
 from shardckpt.coordinator import Operation, taking_part, turn
-from shardckpt.errors import (
-    ShardckptError,
-    TensorNotFoundError,
-)
+from shardckpt.errors import ShardckptError, TensorNotFoundError
 from shardckpt.garbage import held_off
 from shardckpt.indexing import Index, select
 from shardckpt.manifest import Manifest

@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import shardckpt
 from shardckpt import Checkpointer, codecs, loading
-from shardckpt.reader import common, exchange, fetch, gains, rounds, shards, targets, together, wants
+from shardckpt.reader import common, exchange, fetch, gains, group, rounds, shards, targets, together, wants
 from shardckpt.storage import Storage
 from shardckpt.writer import cells, output, streams
 from storage.wrappers import CountingStorage, FaultyStorage, WrapperStorage
@@ -123,11 +123,11 @@ def clock(counting: list[CountingStorage], slow: str | None) -> Iterator[None]:
         yield
         return
     swaps = 0
-    swap = rounds._swap
+    transfer = rounds.transfer
 
     def counted(*args: Any) -> None:
         nonlocal swaps
-        swap(*args)
+        transfer(*args)
         swaps += 1
 
     def now() -> float:
@@ -135,7 +135,7 @@ def clock(counting: list[CountingStorage], slow: str | None) -> Iterator[None]:
 
     fake = mock.Mock(perf_counter=now)
     patches = (mock.patch.object(module, "time", fake) for module in (rounds, together))
-    with mock.patch.object(rounds, "_swap", counted), ExitStack() as stack:
+    with mock.patch.object(rounds, "transfer", counted), ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
         yield
@@ -236,7 +236,7 @@ def without_memory(rank: int, path: str) -> str:
         raise MemoryError("not another byte")
 
     live = state("plain", fill=False)
-    rounds.leave_group()  # it is in making the first that others would wait
+    group.leave_group()  # it is in making the first that others would wait
     try:
         with small_scale(), ExitStack() as stack:
             if rank == 1:
@@ -251,7 +251,7 @@ def after_an_interruption(rank: int, path: str) -> list[dict[str, Any]]:
     """Between two loads rank 0 alone closes its group, as when it is interrupted in the middle of an exchange."""
     first = load(rank, path, "plain")
     if rank == 0:
-        rounds.leave_group()
+        group.leave_group()
     return [first, load(rank, path, "columns")]
 
 
@@ -323,7 +323,7 @@ def interrupted(rank: int, path: str, who: int) -> str:
         raise KeyboardInterrupt
 
     live, told = state("plain", fill=False), "loaded"
-    rounds.leave_group()
+    group.leave_group()
     try:
         with small_scale(), ExitStack() as stack:
             if rank == who:

@@ -1,32 +1,25 @@
 """The exchange: in each round every rank reads its part, then passes on what others want of it.
 
-Reading runs one round ahead of passing on, in threads. Whatever crosses between ranks does so in the calling thread and
-over a process group of its own. That group is what a failed rank closes, so that no other waits for it any longer: the
-connections of a group that training uses must stay open.
+Reading runs one round ahead of passing on, in threads. Whatever crosses between ranks does so in the calling thread.
 """
 
-import logging
 import threading
 import time
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from shardckpt.box import Box, intersect
 from shardckpt.codecs import ITEMSIZE, torch_dtype
-from shardckpt.errors import RankTimeoutError, ShardckptError, first_line
 from shardckpt.reader.exchange import LIMIT, Exchange, Group, Part, Round
+from shardckpt.reader.group import Passed, leave_group, over_group, reduce, transfer
 from shardckpt.reader.place import Placement, Target
 from shardckpt.reader.targets import Reading
 from shardckpt.reader.wants import Entry
-
-log = logging.getLogger(__name__)
 
 _ALIGNMENT: Final = 16
 """Bytes: of the widest dtype."""
@@ -34,114 +27,6 @@ _SMALL: Final = 2 << 20
 """Bytes of the buffers with which an exchange begins."""
 _SLACK: Final = 1 << 20
 """Bytes of a buffer beyond `LIMIT`, for alignment."""
-
-_SLICE: Final = timedelta(seconds=1)
-
-_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
-"""Ours, by the default group that has the same ranks: a job may destroy its groups and make new ones."""
-
-T = TypeVar("T")
-
-
-def has_group() -> bool:
-    """Whether this rank has a group over which to exchange; one that met an error has left it, others perhaps not."""
-    return _world() in _groups
-
-
-def join_group(seconds: float) -> bool:
-    """Make a group over which to exchange; all ranks call. `seconds` is how long one may wait for another.
-
-    False where this rank can't have one: there is no gloo, or no connection.
-    """
-    leave_group()
-    try:
-        _groups[_world()] = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
-    except (RuntimeError, ValueError) as error:
-        log.warning("the ranks read alone, since there is no gloo group over which to exchange: %s", error)
-        return False
-    return True
-
-
-def leave_group() -> None:
-    """Close this rank's connections, if it has any: an error for all who wait for it."""
-    group = _groups.pop(_world(), None)
-    if group is None:
-        return
-    dist.destroy_process_group(group)
-    held = [group]
-    del group
-    # Letting go of the last reference waits for what is under way in the group, which an interrupt has left.
-    threading.Thread(target=held.clear, name="shardckpt-leave", daemon=True).start()
-
-
-def _world() -> dist.ProcessGroup:
-    world = dist.group.WORLD
-    assert world is not None, "ranks agree through it"
-    return world
-
-
-def _over_group(call: Callable[[dist.ProcessGroup], T]) -> T:
-    """What `call` returns. Whatever it raises makes this rank leave the group.
-
-    Tried: gloo keeps them open, and the others waiting, until nothing refers to the group or to what was sent over it.
-    So nobody keeps the group but `_groups`, and the frames of `call` go with the traceback.
-    """
-    try:
-        return call(_groups[_world()])
-    except ShardckptError as error:
-        _let_go(error)
-        leave_group()
-        raise
-    except RuntimeError as error:
-        _let_go(error)
-        leave_group()
-        raise RankTimeoutError(
-            "a rank left in the middle of a load, or was silent for too long, while ranks read for each other; look at"
-            f" the log of the rank that failed first ({first_line(error)})."
-        ) from error
-    except BaseException as error:
-        _let_go(error)
-        leave_group()
-        raise
-
-
-def _reduce(failed: torch.Tensor, listen: Callable[[], None], group: dist.ProcessGroup) -> None:
-    """Wait for all ranks, in slices: only between them is an interrupt, or what is said elsewhere, heard of."""
-    work = dist.all_reduce(failed, dist.ReduceOp.MAX, group=group, async_op=True)
-    assert work is not None, "every rank is in the group"
-    while True:
-        try:
-            work.wait(_SLICE)
-            return
-        except RuntimeError:
-            if work.is_completed():
-                raise
-        listen()
-
-
-def _let_go(error: BaseException) -> None:
-    """Have an error, and those amid which it came, keep no frame that has the group."""
-    found: BaseException | None = error
-    while found is not None:
-        found.__traceback__ = None
-        found = found.__context__
-
-
-class _Passed(NamedTuple):
-    """A buffer on its way from or to a rank."""
-
-    buffer: torch.Tensor
-    rank: int
-    tag: int
-
-
-def _swap(group: dist.ProcessGroup, incoming: Sequence[_Passed], outgoing: Sequence[_Passed]) -> None:
-    """Fill and send buffers, all at once."""
-    works = [dist.irecv(buffer, rank, group=group, tag=tag) for buffer, rank, tag in incoming]
-    works += [dist.isend(buffer, rank, group=group, tag=tag) for buffer, rank, tag in outgoing]
-    for work in works:
-        assert work is not None, "every rank is in the group"
-        work.wait()
 
 
 class _Item(NamedTuple):
@@ -186,7 +71,7 @@ class Rounds:
     def meet(self, failure: BaseException | None = None) -> bool:
         """Wait for all ranks, and tell them whether this one has failed; whether none has."""
         failed = torch.tensor([failure is not None], dtype=torch.int32)
-        _over_group(partial(_reduce, failed, self._listen))
+        over_group(partial(reduce, failed, self._listen))
         return not failed.item()
 
     def run(self, rounds: Sequence[Round], failure: BaseException | None = None) -> bool:
@@ -261,19 +146,19 @@ class Rounds:
             if at > len(self._receiving):
                 self._receiving = _room(at)
             buffer = self._receiving
-            sends: list[_Passed] = []
+            sends: list[Passed] = []
             for message in outgoing.messages:
                 if not message.items:  # a cell between two that are wanted, of which nothing is
                     continue
                 ranks = [rank for view in message.group for rank in self.plan.views[view] if rank != self._rank]
                 # Everybody begins with the rank after its own: not all send to one at a time.
                 ranks.sort(key=lambda rank: (rank < self._rank, rank))
-                sends += [_Passed(outgoing.buffer[message.start : message.stop], rank, message.tag) for rank in ranks]
-            receives = [_Passed(buffer[m.start : m.stop], m.reader, m.tag) for m in incoming if m.items]
-            _swap(group, receives, sends)
+                sends += [Passed(outgoing.buffer[message.start : message.stop], rank, message.tag) for rank in ranks]
+            receives = [Passed(buffer[m.start : m.stop], m.reader, m.tag) for m in incoming if m.items]
+            transfer(group, receives, sends)
             return buffer
 
-        buffer = _over_group(swap)
+        buffer = over_group(swap)
         try:
             for message in incoming:
                 for item in message.items:

@@ -20,7 +20,8 @@ from shardckpt.planner import Wanted
 from shardckpt.reader.common import Crowd, is_common
 from shardckpt.reader.exchange import LIMIT, TRIAL_ROUNDS, Exchange, Part
 from shardckpt.reader.gains import Trial, bytes_by_file, exchange_is_faster, most_spared, parts_in, worthwhile
-from shardckpt.reader.rounds import Rounds, has_group, join_group, runs_of
+from shardckpt.reader.group import has_group, join_group
+from shardckpt.reader.rounds import Rounds, runs_of
 from shardckpt.reader.targets import Reading
 from shardckpt.reader.wants import Stored, View, Wants, demand_of, wants_of
 from shardckpt.storage import BLOCK
