@@ -5,10 +5,12 @@
 # VENV     where it is; .venv in the repository by default. A directory that this function did not make is used as it
 #          stands: nothing is installed into an environment that somebody else looks after.
 # PYTHON   the interpreter it is made from; python3 by default
+# CONSTRAINTS   the versions it is filled with; constraints.txt of the repository by default
 
 ensure_venv() {
-  local extra=$1 venv python mark want
+  local extra=$1 venv python constraints mark want
   venv=${VENV:-$REPO/.venv}
+  constraints=${CONSTRAINTS:-$REPO/constraints.txt}
   python=${PYTHON:-python3}
   mark=$venv/.made-by-shardckpt
 
@@ -20,7 +22,7 @@ ensure_venv() {
     fi
   else
     # What the environment is a function of. When none of it has changed, there is nothing to do.
-    want=$("$python" -VV; cat "$REPO/pyproject.toml" "$REPO/constraints.txt"; echo "$REPO")
+    want=$("$python" -VV; cat "$REPO/pyproject.toml" "$constraints"; echo "$REPO")
     if [[ "$(cat "$mark/$extra" 2>/dev/null)" != "$want" && "$(cat "$mark/dev" 2>/dev/null)" != "$want" ]]; then
       echo "installing shardckpt[$extra] into $venv" >&2
       [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
@@ -28,9 +30,9 @@ ensure_venv() {
       rm -f "$mark/$extra"
       # The build backend comes from the same constraints, which a build environment of pip's own would not heed.
       "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
-        --constraint "$REPO/constraints.txt" hatchling editables
+        --constraint "$constraints" hatchling editables
       "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-build-isolation \
-        --constraint "$REPO/constraints.txt" --editable "$REPO[$extra]"
+        --constraint "$constraints" --editable "$REPO[$extra]"
       printf '%s\n' "$want" > "$mark/$extra"
     fi
   fi

@@ -3,6 +3,9 @@
 #
 #   bash scripts/test.sh                     everything
 #   bash scripts/test.sh tests/test_box.py   arguments go to pytest
+#   bash scripts/test.sh --lowest            with the lowest versions of what the package imports that it claims to
+#                                            work with, in an environment beside the other (.venv-lowest); no lint or
+#                                            types. From PyPI, torch 2.6 comes with its CUDA libraries: gigabytes
 #
 # Environment:
 #   VENV     the virtual environment (default: .venv in the repository; made and filled when missing, and filled again
@@ -13,6 +16,13 @@ set -euo pipefail
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/_venv.sh
 source "$REPO/scripts/_venv.sh"
+if [[ ${1:-} == --lowest ]]; then
+  shift
+  VENV=${VENV:-$REPO/.venv-lowest} CONSTRAINTS=$REPO/constraints-lowest.txt
+  ensure_venv dev
+  cd "$REPO"
+  exec python -m pytest "$@"
+fi
 ensure_venv dev
 cd "$REPO"
 

@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Iterable, Sequence
 from math import prod
 
+import torch
 from hypothesis import strategies as st
 from torch.distributed.tensor import Placement, Replicate, Shard
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
 MOST_RANKS = 18
@@ -50,9 +50,14 @@ def layouts_on(
 def local_shape(
     shape: tuple[int, ...], mesh: Sequence[int], at: Sequence[int], placements: Sequence[Placement]
 ) -> tuple[int, ...]:
-    """What torch says that a rank's part is shaped like, where strided placements are read as FSDP2 means them."""
-    order = [(size, index, p) for size, index, p in zip(mesh, at, placements, strict=True)]
+    """What a rank's part is shaped like, cut as torch.chunk does, strided placements as FSDP2 means them."""
+    order = list(zip(mesh, at, placements, strict=True))
     plain = [item for item in order if not isinstance(item[2], _StridedShard)]
-    plain += [(size, index, Shard(p.dim)) for size, index, p in reversed(order) if isinstance(p, _StridedShard)]
-    sizes, indices, cuts = zip(*plain, strict=True)
-    return tuple(_compute_local_shape_and_global_offset(shape, sizes, list(indices), cuts, skip_offset=True)[0])
+    plain += [item for item in reversed(order) if isinstance(item[2], _StridedShard)]
+    sizes = list(shape)
+    for count, index, placement in plain:
+        dim = getattr(placement, "dim", None)
+        if dim is not None:
+            chunks = torch.empty(sizes[dim], device="meta").chunk(count)
+            sizes[dim] = len(chunks[index]) if index < len(chunks) else 0
+    return tuple(sizes)

@@ -29,6 +29,15 @@ pytestmark = [
 ]
 
 MIB = 1 << 20
+NAMES = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            name == "plain" and not hasattr(torch, "float8_e8m0fnu"), reason="it holds a dtype that came with torch 2.7"
+        ),
+    )
+    for name in STATES
+]
 NUMPY = {
     "complex128": "c16", "complex64": "c8", "float64": "f8", "float32": "f4", "float16": "f2", "int64": "i8",
     "int32": "i4", "int16": "i2", "int8": "i1", "uint64": "u8", "uint32": "u4", "uint16": "u2", "uint8": "u1",
@@ -87,7 +96,7 @@ def bits(tensor: torch.Tensor) -> bytes:
     return plain.view(-1).view(torch.uint8).numpy().tobytes()
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", NAMES)
 def test_golden_checkpoints_load(name):
     """What was written by the first version is read by this one, to the last bit and the last type."""
     assert_same(shardckpt.load(ROOT / name, weights_only=False), expected(name))
@@ -110,7 +119,7 @@ def test_golden_module_and_optimizer_load_in_place():
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_state_is_written_the_same(tmp_path, name):
     """No change of format slips in: shards are the same bytes and manifests say the same, whoever writes today."""
     path = tmp_path / name
@@ -135,7 +144,7 @@ def test_the_same_state_is_written_the_same(tmp_path, name):
     assert_same(shardckpt.load(path, weights_only=False), expected(name))
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", NAMES)
 def test_stock_safetensors_opens_golden_shards(name):
     """Whoever has only safetensors still gets at every tensor that it has a dtype for."""
     tensors = Reader(ROOT / name).document["tensors"]
@@ -283,7 +292,7 @@ def live_tensors(value: Any) -> list[torch.Tensor]:
     return []
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_independent_reader_finds_what_was_saved(name):
     """docs/format.md is enough to read a checkpoint: plain JSON, numpy, xxhash and zstandard get every bit."""
     reader = Reader(ROOT / name)
