@@ -7,9 +7,14 @@ import ddp_job
 import pytest
 import toy
 
+from lowest import CANNOT
 from s3_server import S3Server
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.multiprocess,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(bool(CANNOT), reason=f"one job has all strategies, and {', '.join(CANNOT.values())}"),
+]
 
 WRITERS = ("ddp", "fsdp2", "tp", "fsdp1", "fsdp1-flat", "fsdp1-mesh", "fsdp1-whole")
 """FSDP2, tensor parallel, and FSDP1: with the parameters of the module, flat ones, DTensors, and not sharded at all."""
