@@ -152,7 +152,7 @@ def without_a_store(rank: int, death: Death, path: str, when: str) -> tuple[str,
         "save": (series, "exchange"),
         "background": (commit, "put_rank_manifest"),
         "load": (loading, "together"),
-        "exchange": (rounds, "_reduce"),
+        "exchange": (rounds, "reduce"),
     }
     place, name = places[when]
     if rank == 1:
@@ -202,7 +202,7 @@ def interrupted_wait(rank: int, death: Death, path: str, where: str) -> list[str
         "save": (series, "exchange"),
         "result": (commit, "put_rank_manifest"),
         "load": (loading, "together"),
-        "exchange": (rounds, "_reduce"),
+        "exchange": (rounds, "reduce"),
     }
     place, name = places[where]
     pending = None

@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from lowest import CANNOT
+
 
 class Block(nn.Module):
     def __init__(self) -> None:
@@ -244,6 +246,8 @@ LAYOUTS: list[Layout] = [
     Layout("partial mesh", 3, partial),
     Layout("ShardedTensor", 4, ShardedTensors),
 ]
+if CANNOT:  # this release's FSDP2 does not run here, and its strided shards are even ones
+    LAYOUTS = [one for one in LAYOUTS if not any(kind in one.name for kind in ("fsdp", "hsdp", "strided"))]
 
 # -- optimizers -------------------------------------------------------------------------------------------------------
 
