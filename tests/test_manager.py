@@ -166,6 +166,7 @@ def test_arguments_that_make_no_sense_are_refused(root: Path) -> None:
         (1, {**state_of(1), "manager": 1}, None, "'manager'"),
         (1, [1], None, "a dict"),
         (1, state_of(1), {"loss": "low"}, "'loss' is no number"),
+        (1, state_of(1), 0.5, "metrics is a dict or None"),
     ):
         with pytest.raises(UsageError, match=message):
             manager.save(step, state, metrics)  # type: ignore[arg-type]  # that is the point

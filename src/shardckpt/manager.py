@@ -90,7 +90,7 @@ class CheckpointManager:
         """
         if type(step) is not int or step < 0:
             raise UsageError(f"a step is a number of 0 or more, not {step!r}")
-        noted = {name: _number(name, value) for name, value in (metrics or {}).items()}
+        noted = {name: _number(name, value) for name, value in options.mapping("metrics", metrics).items()}
         whole = _with_note(state, {"step": step, "metrics": noted})
         if self._known is None:
             self._known = self._kept = self._look("save")
