@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import ranks
-from lowest import pytest_runtest_makereport  # noqa: F401 - a hook, which pytest finds by its name
+from lowest import pytest_configure, pytest_runtest_makereport  # noqa: F401 - hooks, which pytest finds by name
 from s3_server import S3Place, S3Server, running, running_weed
 from shardckpt.commit import clearing
 

@@ -442,7 +442,9 @@ def test_a_target_that_fails_leaves_what_was_there(tmp_path, monkeypatch, to):
         raise OSError(28, "No space left on device")
 
     broken = (
-        [(dcp.saver, "save"), (dcp.os, "rename")] if to == "dcp" else [(posix, "sync_file"), (output.os, "replace")]
+        [(dcp.saver, "_save_state_dict"), (dcp.os, "rename")]
+        if to == "dcp"
+        else [(posix, "sync_file"), (output.os, "replace")]
     )
     for module, name in broken:
         with monkeypatch.context() as patched:

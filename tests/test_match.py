@@ -171,7 +171,7 @@ def test_the_report_says_what_happened(tmp_path):
     assert report.world_size == 1
     assert report.bytes_read >= model.weight.nbytes
     assert report.seconds > 0
-    assert "2 tensors" in repr(report)
+    assert "2 tensor(s)" in repr(report)
     assert "skipped=['n']" in repr(report)
 
 

@@ -204,7 +204,7 @@ def all_kinds() -> dict[str, Tensor]:
 
 def plainly(tensor: Tensor) -> Any:
     """Elements as Python's own numbers."""
-    if tensor.dtype == torch.float4_e2m1fn_x2:
+    if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None):
         digits = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
         values = digits + [-digit for digit in digits]
         return [values[half] for byte in tensor.view(torch.uint8).tolist() for half in (byte & 15, byte >> 4)]

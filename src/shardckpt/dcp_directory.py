@@ -131,11 +131,12 @@ class Directory:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no other rank is asked is meant
             try:
-                dcp.load(
+                # The public `load` can be told to ask no other rank only since torch 2.7.
+                dcp._load_state_dict(  # noqa: SLF001 - no public one can in torch 2.6
                     {**tensors, **dict.fromkeys(others)},
-                    storage_reader=_Reader(self.path, self._metadata),
-                    planner=planner,
+                    _Reader(self.path, self._metadata),
                     no_dist=True,
+                    planner=planner,
                 )
             except FAILURES as error:
                 raise LoadFailedError(f"{self.path} cannot be read: {first_line(met_by(error))}") from error

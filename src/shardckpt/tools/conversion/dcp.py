@@ -79,7 +79,8 @@ def _save(state: dict[str, Any], path: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no other rank takes part is meant
         try:
-            saver.save(state, storage_writer=FileSystemWriter(path, sync_files=True), no_dist=True)
+            # The public `save` can be told to ask no other rank only since torch 2.7.
+            saver._save_state_dict(state, FileSystemWriter(path, sync_files=True), no_dist=True)  # noqa: SLF001
         except FAILURES as error:
             met = met_by(error)
             if isinstance(met, OSError):
