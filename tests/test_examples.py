@@ -13,6 +13,7 @@ from typing import IO
 import pytest
 
 import shardckpt
+from lowest import CANNOT
 
 pytestmark = pytest.mark.multiprocess
 
@@ -47,6 +48,7 @@ def losses(lines: list[str]) -> dict[int, float]:
     return {int(one[1]): float(one[2]) for one in found if one is not None}
 
 
+@pytest.mark.skipif(bool(CANNOT), reason="FSDP2 of torch 2.6 does not run on a CPU")
 def test_the_fsdp2_example_goes_on_where_it_was_killed(tmp_path):
     """The script that users start from loses nothing by a SIGKILL, and learns the same on another number of ranks."""
     assert len(FSDP2.read_text().splitlines()) < 60

@@ -4,6 +4,7 @@ import pytest
 
 import ranks
 import shardckpt
+from lowest import CANNOT
 from multirank import hang_cases, leaving_cases, processes
 
 pytestmark = pytest.mark.multiprocess
@@ -113,7 +114,17 @@ def test_a_verdict_that_was_heard_stands(tmp_path):
     assert [kind for kind, _ in found] == ["ok", "ok"]
 
 
-@pytest.mark.parametrize("where", ("save", "result", "load", "exchange"))
+@pytest.mark.parametrize(
+    "where",
+    (
+        "save",
+        "result",
+        "load",
+        pytest.param(
+            "exchange", marks=pytest.mark.skipif(bool(CANNOT), reason="torch 2.6 closes groups under the GIL")
+        ),
+    ),
+)
 def test_an_interrupt_ends_every_wait(tmp_path, where):
     """Ctrl-C reaches whoever waits for another rank, wherever; a save that is in flight goes on all the same."""
     first, second = processes.run(leaving_cases.interrupted_wait, 2, str(tmp_path / "ck"), where, host=True)
