@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from crashes.power import Journal
+from lowest import CANNOT
 
 RANKS: Final = 2
 HANG_SECONDS: Final = 60.0
@@ -185,6 +186,7 @@ def _rank(
         is_master=is_host,
         timeout=timedelta(seconds=STORE_SECONDS),
         master_listen_fd=listening.detach() if is_host else None,
+        use_libuv=not CANNOT,  # libuv's server of torch 2.6 takes no socket that listens already
     )
     dist.init_process_group("gloo", rank=rank, world_size=RANKS, store=store, timeout=timedelta(seconds=30))
     coordinator.ranks._GRACE_SECONDS = patience / 2  # type: ignore[misc]
