@@ -57,8 +57,6 @@ ALLOWED: Final = {"threads": 0, "descriptors": 0, "blocks_out": 0, "stray_files"
 """By how much each figure may have grown since warming up; allocators give memory back when they like."""
 
 
-UNSURE: Final = ("may have been", "may be lost", "may yet be")
-"""What a report says of a failed save of which nobody knows whether it was committed."""
 _ARENA_MAX: Final = -8
 """M_ARENA_MAX of glibc's malloc.h."""
 
@@ -251,8 +249,7 @@ class Soak:
             ended = error
         self.story.append(f"the save of step {state['step']} to {path} ends: {ended}")
         before = self.expected.get(path, [None])
-        told = ended.error if isinstance(ended, shardckpt.SaveReport) else None
-        if isinstance(ended, shardckpt.UncertainCommitError) or any(words in (told or "") for words in UNSURE):
+        if isinstance(ended, shardckpt.UncertainCommitError) or getattr(ended, "uncertain", False):
             self.counts["uncertain"] += 1
             self.expected[path] = [state, *before]
         elif isinstance(ended, Exception) or ended.error is not None:

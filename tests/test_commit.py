@@ -560,6 +560,16 @@ def test_a_storage_that_falls_silent_at_the_commit_loses_nothing(tmp_path, wrapp
     assert found(path) == (2 if lands else 1 if over else None)
 
 
+@pytest.mark.parametrize("silent", (True, False))
+def test_a_report_tells_a_lost_save_from_one_that_may_be_there(tmp_path, wrapped, silent):
+    """Who goes on after a failed save has to know whether the path may hold it, without reading prose."""
+    wrapped(lambda inner: LostAnswer(inner, silent=True) if silent else FaultyStorage(inner, "create", BROKEN))
+    report = Checkpointer(on_save_error="warn").save(state(1), tmp_path / "ck")
+    assert report.error is not None
+    assert report.uncertain is silent
+    assert ("uncertain: " in repr(report)) is silent
+
+
 @pytest.mark.parametrize("method", ("list", "get", "delete"))
 def test_nothing_after_the_commit_fails_the_save(tmp_path, wrapped, caplog, method):
     """Once committed, a save is a success, though what it replaced may have to stay; that is logged."""

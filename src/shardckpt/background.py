@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from shardckpt.errors import SaveFailedError, UsageError
+from shardckpt.errors import SaveFailedError, UncertainCommitError, UsageError
 from shardckpt.reports import SaveReport
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class PendingSave:
             total_seconds=self._total_seconds,
             staged_seconds=self._staged_seconds,
             error=str(outcome),
+            uncertain=isinstance(outcome, UncertainCommitError),
         )
 
     @property

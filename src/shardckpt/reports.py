@@ -33,10 +33,13 @@ class SaveReport:
     """Whether the shards were shared with the save before, since nothing had changed."""
     error: str | None = None
     """Why there is no checkpoint: only under ``on_save_error="warn"``, and the sizes are 0 then."""
+    uncertain: bool = False
+    """Whether the save may have been committed in spite of the ``error``, an UncertainCommitError: load it to see."""
 
     def __repr__(self) -> str:
         if self.error is not None:
-            return f"SaveReport({self.path!r}, failed: {self.error})"
+            how = "uncertain" if self.uncertain else "failed"
+            return f"SaveReport({self.path!r}, {how}: {self.error})"
         shared = ", shared with the save before" if self.alias else ""
         slowest = ""
         if self.world_size > 1 and not self.alias:
