@@ -16,7 +16,13 @@ from typing import Any, Final
 
 from shardckpt import filenames
 from shardckpt.commit.finding import Found, find, find_bytes, parsed
-from shardckpt.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, ShardckptError
+from shardckpt.errors import (
+    CorruptCheckpointError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    SaveFailedError,
+    ShardckptError,
+)
 from shardckpt.filenames import MANIFEST
 from shardckpt.storage import Stat, Storage, Uploads, is_temporary, temporary_name
 
@@ -36,8 +42,8 @@ class Lease:
 
     def __init__(self, storage: Storage, save_id: str, shares: str | None) -> None:
         self._storage = storage
-        self._shares = shares
         self._name = filenames.marker_name(save_id)
+        self._marker = f"{json.dumps({'machine': _machine(), 'pid': os.getpid(), 'shares': shares})}\n".encode()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="shardckpt-lease", daemon=True)
 
@@ -53,15 +59,16 @@ class Lease:
             # On a file system that hangs it may never end; then the marker stays, and counts for nothing.
             self._thread.join(_JOIN_SECONDS)
 
-    def _say(self, *, replace: bool) -> None:
-        marker = {"machine": _machine(), "pid": os.getpid(), "shares": self._shares}
+    def _say(self, *, replace: bool | bytes) -> None:
         # After a crash of the machine nobody is alive, so nobody needs the marker: training need not wait for the disk.
-        self._storage.put(self._name, f"{json.dumps(marker)}\n".encode(), replace=replace, durable=False)
+        self._storage.put(self._name, self._marker, replace=replace, durable=False)
 
     def _renew(self) -> None:
         while not self._over.wait(RENEW_SECONDS):
             try:
-                self._say(replace=True)
+                self._say(replace=self._marker)
+            except ObjectExistsError:  # it is gone: see `check_lease`
+                return
             except ShardckptError as error:
                 log.debug("could not renew %s at %s: %s", self._name, self._storage.url, error)
 
@@ -94,6 +101,18 @@ def end_lease(storage: Storage, save_id: str) -> None:
         lease.release()
 
 
+def check_lease(storage: Storage, save_id: str) -> None:
+    """Raise SaveFailedError if somebody has taken this save for dead, and removed files of it that are to be named."""
+    try:
+        storage.get(filenames.marker_name(save_id), limit=_MARKER_BYTES)
+    except ObjectNotFoundError as error:
+        raise SaveFailedError(
+            f"the marker of this save is gone from {storage.url}: another process took it for dead, after"
+            f" {LEASE_SECONDS:.0f} s in which this one had been stopped or could not write there, and cleared it up."
+            " Look for two jobs of one run, an old one and one that was started in its place."
+        ) from error
+
+
 def _machine() -> str:
     """Where a process id means something: the host, and the process namespace of a container on it."""
     try:
@@ -119,7 +138,7 @@ def clean(storage: Storage, record: Found) -> None:
             # Mostly it is the same, and to decode it takes a tenth of a second with 20,000 tensors.
             current = record if data == record.data else parsed(storage, data)
             keep = {MANIFEST, *current.manifest.file_names()}
-            storage.delete(_rubbish([stat for stat in listed if stat.name not in keep], alive, now))
+            _delete(storage, _rubbish([stat for stat in listed if stat.name not in keep], alive, now))
     except Exception as error:  # noqa: BLE001 - see above
         log.warning("the save to %s is committed, but what it replaced could not be removed: %s", storage.url, error)
 
@@ -158,7 +177,7 @@ def remove(storage: Storage, in_time: Callable[[], None] = lambda: None) -> None
     in_time()
     storage.delete([MANIFEST])
     storage.sync()
-    storage.delete(_rubbish([stat for stat in listed if stat.name != MANIFEST], alive, now))
+    _delete(storage, _rubbish([stat for stat in listed if stat.name != MANIFEST], alive, now))
     storage.remove_place()
 
 
@@ -186,10 +205,18 @@ def prune(storage: Storage, *, dry_run: bool = False) -> list[str]:
     if not dry_run:
         if isinstance(storage, Uploads) and stale:
             storage.cancel_uploads(stale)
-        storage.delete(doomed)
+        _delete(storage, doomed)
         if not keep:
             storage.remove_place()
     return sorted({*doomed, *stale})
+
+
+def _delete(storage: Storage, names: Sequence[str]) -> None:
+    """Markers first: a save that was taken for dead, and is not, sees by its own that its files may be gone."""
+    markers = [name for name in names if filenames.is_marker(name)]
+    if markers:
+        storage.delete(markers)
+    storage.delete([name for name in names if name not in markers])
 
 
 def _rubbish(listed: Sequence[Stat], alive: AbstractSet[str | None], now: float) -> list[str]:

@@ -13,7 +13,7 @@ from shardckpt import filenames
 from shardckpt import manifest as mf
 from shardckpt.codecs import digest, digests_text
 from shardckpt.commit.assembly import layout_of
-from shardckpt.commit.clearing import end_lease, take_lease
+from shardckpt.commit.clearing import check_lease, end_lease, take_lease
 from shardckpt.commit.finding import Found, find_bytes
 from shardckpt.commit.visibility import awaited
 from shardckpt.errors import (
@@ -139,17 +139,19 @@ def encoded(manifest: Manifest) -> Found:
 def publish(storage: Storage, record: Found, previous: bytes | None) -> None:
     """The switch: after this the checkpoint exists, before it did not.
 
-    Raises SaveFailedError if the place does not hold the record that it held when the save began: somebody else saved
-    there. Raises UncertainCommitError if the storage fails in a way that leaves open whether it took the record; the
-    files that it names must then stay.
+    Raises SaveFailedError if the place does not hold the record that it held when the save began, since somebody else
+    saved there, and if the save was taken for dead. Raises UncertainCommitError if the storage fails in a way that
+    leaves open whether it took the record; the files that it names must then stay.
     """
     check_skeleton(record.manifest, f"{storage.url}/{MANIFEST}")
-    publish_record(storage, record.data, previous)
+    publish_record(storage, record, previous)
 
 
-def publish_record(storage: Storage, data: bytes, previous: bytes | None) -> None:
+def publish_record(storage: Storage, record: Found, previous: bytes | None) -> None:
     """`publish` a commit record as it was written elsewhere."""
+    data = record.data
     storage.sync()
+    check_lease(storage, record.manifest.save_id)
     try:
         storage.put(MANIFEST, data, replace=False if previous is None else previous)
     except Exception as error:
