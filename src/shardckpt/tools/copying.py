@@ -148,6 +148,8 @@ class _Copy:
         # What a copy that died has left has the names of what is to come.
         with suppress(CorruptCheckpointError):  # a manifest that cannot be read, and is to be replaced
             commit.prune(self._target)
+        if self._is_damaged:  # which that does not touch
+            self._target.delete([filenames.marker_name(save_id)])
         shares = next((other for other in self._save_ids() if other != save_id), None)
         try:
             previous = commit.open_place(self._target, save_id, self._total, shares=shares, alone=True)
@@ -165,7 +167,7 @@ class _Copy:
                 objects[entry.file].append(entry)
             for name, entries in objects.items():
                 self._copy_objects(name, entries)
-            commit.publish_record(self._target, self._found.data, previous)
+            commit.publish_record(self._target, self._found, previous)
         except UncertainCommitError:  # what it names must stay
             commit.end_lease(self._target, save_id)
             raise
