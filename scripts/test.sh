@@ -18,7 +18,8 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$REPO/scripts/_venv.sh"
 if [[ ${1:-} == --lowest ]]; then
   shift
-  VENV=${VENV:-$REPO/.venv-lowest} CONSTRAINTS=$REPO/constraints-lowest.txt
+  # Exported, since tests run scripts/launch_ddp.sh, which would fill the environment anew with the newest versions.
+  export VENV=${VENV:-$REPO/.venv-lowest} CONSTRAINTS=$REPO/constraints-lowest.txt
   ensure_venv dev
   cd "$REPO"
   exec python -m pytest "$@"
