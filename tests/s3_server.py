@@ -60,10 +60,10 @@ class S3Server(NamedTuple):
 
 
 class S3Place(NamedTuple):
-    """A fresh bucket."""
+    """Where nothing is yet: a fresh bucket, or a fresh prefix in one."""
 
     url: str
-    """``s3://bucket/run``; the bucket is there and empty."""
+    """``s3://bucket/run``."""
     storage_options: dict[str, Any]
     """What ``open_storage`` and fsspec need; the environment says the same, so they may be left out."""
     client: Any
@@ -72,6 +72,11 @@ class S3Place(NamedTuple):
     @property
     def bucket(self) -> str:
         return self.url.split("/")[2]
+
+    @property
+    def prefix(self) -> str:
+        """With which all keys below `url` begin."""
+        return f"{self.url.split('/', 3)[3]}/"
 
 
 @contextmanager

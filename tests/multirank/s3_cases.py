@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from s3fs import S3FileSystem
 
 import shardckpt
 from shardckpt import Checkpointer
@@ -16,6 +17,7 @@ def whole_life(
     rank: int, root: str, storage_options: dict[str, Any] | None, environment: dict[str, str], compression: str | None
 ) -> dict[str, Any]:
     """Save, overwrite, share, restore, read and remove; what each step showed this rank."""
+    S3FileSystem.clear_instance_cache()  # which knows of other environments, in this process, and other servers
     with mock.patch.dict(os.environ, environment):
         engine = Checkpointer(storage_options=storage_options, compression=compression, timeout=60, commit_timeout=60)
         model, optimizer = train(seed=7, steps=2, ddp=True)
