@@ -178,6 +178,11 @@ def test_bad_usage(root):
     for wrong in (["ls"], ["lls", "x"], ["inspect", root / "s1", "--depth", "0"], ["ls", root, "-o", "key"]):
         assert run(*wrong, code=2)
     run("ls", root / "none", code=3)
+    for unknown in (
+        ("verify", root / "s1", "--tensor", "w9"),
+        ("convert", root / "s1", root / "x.pt", "--prefix", "w9"),
+    ):
+        assert "w9" in run(*unknown, code=2)
     run("ls", "no-such-scheme://x", code=2)
     run("ls", "", code=2)
 

@@ -332,6 +332,24 @@ def listing(path: Path) -> list[str]:
     return sorted(file.name for file in path.iterdir())
 
 
+def test_a_file_whose_code_is_not_here(tmp_path):
+    """A whole module that was pickled is neither damaged nor somebody's other file: what it needs is said."""
+    code = (
+        "import sys, types, torch; m = types.ModuleType('gone'); sys.modules['gone'] = m\n"
+        "class C: pass\n"
+        f"C.__module__ = 'gone'; m.C = C\ntorch.save({{'c': C()}}, {str(tmp_path / 'a.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    with pytest.raises(UnsafeLoadError, match="--no-weights-only"):
+        convert(tmp_path / "a.pt", tmp_path / "ours")
+    with pytest.raises(LoadFailedError, match=r"code which is not here: No module named 'gone'\. Nothing was changed"):
+        convert(tmp_path / "a.pt", tmp_path / "ours", weights_only=False)
+    (tmp_path / "b.pt").write_bytes(b"hello")
+    with pytest.raises(CorruptCheckpointError, match="damaged, or no file of torch.save: "):
+        convert(tmp_path / "b.pt", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 @pytest.mark.parametrize(
     ("target", "options", "words"),
     [

@@ -7,6 +7,7 @@ from shardckpt.errors import (
     CorruptCheckpointError,
     ShardckptError,
     StorageError,
+    TensorNotFoundError,
     UnsupportedFormatError,
     UsageError,
 )
@@ -34,6 +35,7 @@ class ExitCode(IntEnum):
 
 _CODES: tuple[tuple[type[ShardckptError], ExitCode], ...] = (
     (UsageError, ExitCode.USAGE),
+    (TensorNotFoundError, ExitCode.USAGE),  # a name that somebody gave
     (CheckpointNotFoundError, ExitCode.NOT_FOUND),
     (UnsupportedFormatError, ExitCode.NEWER),
     (CorruptCheckpointError, ExitCode.DAMAGED),

@@ -6,7 +6,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from shardckpt.errors import CorruptCheckpointError, UnsafeLoadError, first_line
+from shardckpt.errors import CorruptCheckpointError, LoadFailedError, UnsafeLoadError, first_line
 from shardckpt.storage.translate import translating
 from shardckpt.tools.conversion.output import Output
 
@@ -15,7 +15,8 @@ def read(path: str, *, weights_only: bool) -> Any:
     """What is in a local file; its tensors are mapped, and read when they are looked at.
 
     A file in torch's old format, which cannot be mapped, is read into memory. Raises UnsafeLoadError where something
-    in it would have to be unpickled and ``weights_only`` forbids that, CorruptCheckpointError for what is no such file.
+    in it would have to be unpickled and ``weights_only`` forbids that, LoadFailedError where its code is not here, and
+    CorruptCheckpointError for what is no such file.
     """
     with translating("read", path):
         try:
@@ -23,15 +24,28 @@ def read(path: str, *, weights_only: bool) -> Any:
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=weights_only)
         except pickle.UnpicklingError as error:
             if not weights_only or "weights_only" not in str(error).lower():
-                raise CorruptCheckpointError(f"{path} is no file of torch.save: {first_line(error)}") from error
+                raise _damaged(path, error) from error
             raise UnsafeLoadError(
                 f"{path} holds pickled objects, and to unpickle them runs code. If you trust whoever wrote it, pass"
                 f" weights_only=False (--no-weights-only). Nothing was changed. ({first_line(error)})"
             ) from error
+        except (AttributeError, ImportError) as error:
+            if weights_only:
+                raise _damaged(path, error) from error
+            raise LoadFailedError(
+                f"{path} holds pickled objects that need code which is not here: {error}. Nothing was changed; make"
+                " that code importable (PYTHONPATH)."
+            ) from error
         except Exception as error:  # what a damaged file does to its reader; EINVAL: its end is missing
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise
-            raise CorruptCheckpointError(f"{path} is no file of torch.save: {first_line(error)}") from error
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: str, error: Exception) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{path} is damaged, or no file of torch.save: {type(error).__name__}: {first_line(error)}"
+    )
 
 
 def _is_zip(path: str) -> bool:
