@@ -88,6 +88,8 @@ def test_ls_shows_the_newest_first_and_what_is_wrong(tmp_path):
     assert "is missing, and 1 more" in found["step=5.ckpt"].problem
     # The state's own word, else the name's.
     assert [found[name].step for name in ("step=1.ckpt", "step=2.ckpt", "last.ckpt", "now.ckpt")] == [10, 2, 7, None]
+    shardckpt.save({"w": torch.ones(3)}, tmp_path / "silent/step=8")
+    assert tools.inspect(tmp_path / "silent/step=8").step == tools.ls(tmp_path / "silent")[0].step == 8
     times = [item.time for item in found.values()]
     assert times == sorted(times, key=lambda time: -time)
     whole = found["step=1.ckpt"]

@@ -10,6 +10,7 @@ from shardckpt.codecs import ITEMSIZE
 from shardckpt.manifest import Manifest, TensorEntry
 from shardckpt.options import Path
 from shardckpt.state.names import unique
+from shardckpt.storage import split
 from shardckpt.tools.opened import begun, committed, nbytes_of, open_checkpoint, step_of
 from shardckpt.tools.tree import Node, tree_of, walk
 
@@ -78,6 +79,7 @@ class Inspection:
     save_seconds: float | None
     """From the call to the commit by rank 0's clock; None where the save id does not tell."""
     step: int | None
+    """As the state says, else the name."""
     world_size: int
     writer: dict[str, str]
     nbytes: int
@@ -113,7 +115,7 @@ def inspect(path: Path, *, storage_options: Mapping[str, Any] | None = None) -> 
         format_version=manifest.version,
         created=manifest.created,
         save_seconds=None if start is None or end is None else round(end - start, 3),
-        step=step_of(manifest),
+        step=step_of(manifest, split(opened.path)[1]),
         world_size=manifest.world_size,
         writer=manifest.writer,
         nbytes=nbytes_of(manifest),

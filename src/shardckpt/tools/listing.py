@@ -1,7 +1,6 @@
 """The checkpoints below a directory or prefix, and what is there that would be one and is not."""
 
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,10 @@ from shardckpt.filenames import MANIFEST
 from shardckpt.manifest import Manifest
 from shardckpt.options import Path
 from shardckpt.storage import Stat, Storage, is_local, join, local_path, open_storage, split
-from shardckpt.tools.opened import committed, is_foreign, objects_of, step_of
+from shardckpt.tools.opened import committed, is_foreign, objects_of, step_in, step_of
 from shardckpt.workers import for_each
 
 Status = Literal["complete", "saving", "unfinished", "incomplete", "damaged", "newer"]
-
-_STEP = re.compile(r"step[=_-]?(\d{1,18})", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,7 @@ def _look(path: str, storage: Storage, *, again: bool = False) -> Listed | None:
     if not ours or ([stat.name for stat in ours] == [MANIFEST] and is_foreign(storage)):
         return None
     name = split(path)[1]
-    in_name = _STEP.search(name)
-    step = int(in_name[1]) if in_name else None
+    step = step_in(name)
     last = max((stat.modified for stat in ours if stat.modified is not None), default=None)
     nbytes = sum(stat.size for stat in ours)
     try:
@@ -101,13 +97,12 @@ def _look(path: str, storage: Storage, *, again: bool = False) -> Listed | None:
     problem = _lacking(manifest, stats)
     if problem is not None and not again:
         return _look(path, storage, again=True)  # it may have been replaced between the listing and its record
-    said = step_of(manifest)
     return Listed(
         path,
         name,
         "complete" if problem is None else "incomplete",
         problem,
-        step if said is None else said,
+        step_of(manifest, name),
         committed(manifest) or last,
         sum(stats[file].size for file in (MANIFEST, *manifest.file_names()) if file in stats),
         manifest.world_size,

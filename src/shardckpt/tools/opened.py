@@ -1,6 +1,7 @@
 """A checkpoint whose manifest has been read by this process alone, for looking at it."""
 
 import datetime
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +19,7 @@ Progress = Callable[[int, int], None]
 """Hears of bytes done, and of all bytes."""
 _FOREIGN_BYTES: Final = 1 << 20
 """Bytes of a ``manifest.json`` past which nobody but us writes one."""
+_STEP: Final = re.compile(r"step[=_-]?(\d{1,18})", re.ASCII | re.IGNORECASE)
 
 
 def unheard(_done: int, _total: int) -> None:
@@ -43,11 +45,17 @@ def open_checkpoint(path: Path, storage_options: Mapping[str, Any] | None) -> Op
     return Opened(*loading.read_manifest(path, told, coordinator.begin_alone()))
 
 
-def step_of(manifest: Manifest) -> int | None:
-    """The training step that a state says it was saved at, at its top level as Lightning and people write it."""
+def step_of(manifest: Manifest, name: str) -> int | None:
+    """The training step of a checkpoint: as its state says at its top level, where people write it, or else its name."""
     top = {key: node for key, node in values.pairs_of(manifest.state) or [] if isinstance(key, str)}
     found = (top.get(key) for key in ("global_step", "step"))
-    return next((step for step in found if type(step) is int), None)
+    return next((step for step in found if type(step) is int), step_in(name))
+
+
+def step_in(name: str) -> int | None:
+    """The step that the name of a checkpoint tells, as "step=2000.ckpt" does."""
+    found = _STEP.search(name)
+    return int(found[1]) if found else None
 
 
 def objects_of(manifest: Manifest) -> dict[str, int]:
