@@ -1,6 +1,8 @@
 """What a manifest says survives being written, and what it must not say is refused by name."""
 
 import json
+import subprocess
+import sys
 import time
 from itertools import accumulate
 from pathlib import Path
@@ -440,3 +442,34 @@ def test_a_frame_that_is_all_but_empty_is_refused():
     bomb = zstandard.ZstdCompressor().compress(mf.encode(manifest()) + b" " * (80 << 20))
     with pytest.raises(CorruptCheckpointError, match="are allowed"):
         mf.decode_manifest(bomb, WHERE)
+
+
+RACING = """
+import os, sys, threading, shardckpt
+from shardckpt import manifest
+data = open(sys.argv[1], "rb").read()
+sys.setswitchinterval(1e-6)
+
+def race():
+    together = threading.Barrier(8)
+    def decode():
+        together.wait()
+        manifest.decode_manifest(data, "here")
+    threads = [threading.Thread(target=decode) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os._exit(0)
+
+children = [os.fork() or race() for _ in range(12)]
+print({os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children})
+"""
+
+
+def test_threads_may_decode_first_at_the_same_time(tmp_path):
+    """`ls` looks at many checkpoints at a time, a commit at many ranks: as a first act that must not kill a process."""
+    shardckpt.save({"w": torch.ones(3)}, tmp_path / "ck")
+    script = [sys.executable, "-c", RACING, str(tmp_path / "ck" / "manifest.json")]
+    done = subprocess.run(script, check=False, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("{0}\n", "")

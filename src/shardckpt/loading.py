@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -77,6 +77,9 @@ class Matched(msgspec.Struct, array_like=True):
 
     differences: Differences
     meshes: list[tuple[list[int], str]]
+
+
+_MATCHED: Final = msgspec.msgpack.Decoder(Matched)
 
 
 class OpenCheckpoint:
@@ -173,7 +176,7 @@ class OpenCheckpoint:
                 on_meta = list(meta_tensors(state))
                 place = match.root(state, self._part(prefix, key_map, state, strict=strict))
                 matched.word = msgspec.msgpack.encode(Matched(match.differences, match.meshes.digests()))
-            ranks = [msgspec.msgpack.decode(word, type=Matched) for word in matched.heard]
+            ranks = [_MATCHED.decode(word) for word in matched.heard]
             verdict, differences = together([found.differences for found in ranks], operation.rank)
             if meshes.may_differ([found.meshes for found in ranks]):
                 meshes.check(operation.agree("meshes", match.meshes.encode()))

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 KEY: Final = "manager"
 """Of the saved state: what the manager notes beside what the caller saves."""
+_FOUND: Final = msgspec.msgpack.Decoder(list[Kept])
 _NAME: Final = re.compile(r"step=(\d+)", re.ASCII)
 
 
@@ -184,7 +185,7 @@ class CheckpointManager:
         with turn(operation, "checkpoints", self._timeout) as looked:
             if operation.rank == 0:
                 looked.word = msgspec.msgpack.encode(self._scan())
-        return msgspec.msgpack.decode(looked.heard[0], type=list[Kept])
+        return _FOUND.decode(looked.heard[0])
 
     def _scan(self) -> list[Kept]:
         names = open_storage(self.root, self._storage_options).children()

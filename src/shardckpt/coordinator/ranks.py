@@ -50,6 +50,8 @@ class _Word(msgspec.Struct, array_like=True):
     """Ranks that were not waited for any longer."""
 
 
+_WORD: Final = msgspec.msgpack.Decoder(_Word)
+_WORDS: Final = msgspec.msgpack.Decoder(list[bytes])
 _UNHEARD: Final = 8
 _unheard: "weakref.WeakKeyDictionary[Any, deque[str]]" = weakref.WeakKeyDictionary()
 """By Store, the last keys for all others that rank 0 has set, and which whoever hears of it last removes."""
@@ -109,7 +111,7 @@ class StoreOperation:
         self.post(point, word)
         try:
             if self.rank != 0:
-                return msgspec.msgpack.decode(self.hear(point, seconds, give_back=is_first), type=list[bytes])
+                return _WORDS.decode(self.hear(point, seconds, give_back=is_first))
             try:
                 words = self.collect(point, seconds)
             except ShardckptError as error:
@@ -176,7 +178,7 @@ class StoreOperation:
                 raise self._timed_out(silent, point, timeout)
             time.sleep(pause)
             pause = min(1.25 * pause, _LONGEST_PAUSE_SECONDS)
-        words = [msgspec.msgpack.decode(value, type=_Word) for value in self._store.get_all(keys)]
+        words = [_WORD.decode(value) for value in self._store.get_all(keys)]
         self._check_calls([word.call for word in words])
         for word in words:
             if word.error is not None:
@@ -266,7 +268,7 @@ class StoreOperation:
         return "/".join(["shardckpt", str(self._number), *map(str, where)])
 
     def _get(self, key: str) -> _Word:
-        return msgspec.msgpack.decode(self._store.get(key), type=_Word)
+        return _WORD.decode(self._store.get(key))
 
     def _encoded(self, word: bytes | Exception) -> bytes:
         if not isinstance(word, Exception):

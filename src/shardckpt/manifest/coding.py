@@ -50,11 +50,24 @@ def _rows(value: Any) -> str:
 AnyManifest = TypeVar("AnyManifest", Manifest, RankManifest, RankWord)
 
 
+class _Head(msgspec.Struct):
+    format: str = ""
+    version: int = 0
+
+
+# Made while the module is imported, as all decoders of ours are: msgspec prepares a type when it first decodes it, and
+# of two threads that do so at a time one sees it half prepared, which kills the process (seen with msgspec 0.22).
+_DECODERS: Final[dict[type, msgspec.json.Decoder[Any]]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (Manifest, RankManifest, RankWord)
+}
+_HEAD: Final = msgspec.json.Decoder(_Head)
+
+
 def _decode(data: bytes, kind: type[AnyManifest], where: str, *, doubted: bool = True) -> AnyManifest:
     try:
         if data[:4] == _ZSTD_MAGIC:
             data = _decompress(data)
-        manifest = msgspec.json.decode(data, type=kind)
+        manifest: AnyManifest = _DECODERS[kind].decode(data)
         if doubted:
             _check_doubles(data, manifest)
         return manifest
@@ -92,13 +105,8 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> None:
 
 def _refuse_newer(data: bytes, where: str, error: Exception) -> None:
     """A newer version may have other fields, so look at the version alone before calling the file damaged."""
-
-    class Head(msgspec.Struct):
-        format: str = ""
-        version: int = 0
-
     try:
-        head = msgspec.json.decode(data, type=Head)
+        head = _HEAD.decode(data)
         check_format(head.format, head.version)
     except UnsupportedFormatError as newer:
         raise UnsupportedFormatError(f"{where}: {newer}") from error

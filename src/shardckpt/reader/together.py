@@ -53,6 +53,12 @@ class _Asking(msgspec.Struct, array_like=True):
     """Of what it wants."""
 
 
+_OPENING: Final = msgspec.msgpack.Decoder(_Opening)
+_ASKING: Final = msgspec.msgpack.Decoder(_Asking)
+_SECONDS: Final = msgspec.msgpack.Decoder(tuple[float, float])
+_WANTS: Final = msgspec.msgpack.Decoder(Wants)
+
+
 def opening(reading: Reading, share: ShareReads) -> bytes:
     """What this rank says before `read_together`: whether it would read for others, and a sample of what it wants.
 
@@ -73,7 +79,7 @@ def read_together(reading: Reading, heard: Sequence[bytes], operation: Operation
     if operation.world_size == 1:
         reading.alone()
         return
-    openings = [msgspec.msgpack.decode(word, type=_Opening) for word in heard]
+    openings = [_OPENING.decode(word) for word in heard]
     crowd = _crowd(openings, operation.rank)
     forced = all(opening.share is True for opening in openings)
     plan = None
@@ -116,7 +122,7 @@ def _agree_on_plan(
         said.word = msgspec.msgpack.encode(
             _Asking(bytes_by_file(demand, stored), parts_in(demand, stored), digests_text([digest(body)]))
         )
-    askings = [msgspec.msgpack.decode(word, type=_Asking) for word in said.heard]
+    askings = [_ASKING.decode(word) for word in said.heard]
     alone = sum(sum(asking.files.values()) for asking in askings)
     spared = most_spared([asking.files for asking in askings])
     work = sum({asking.digest: asking.parts for asking in askings}.values())
@@ -160,7 +166,7 @@ def _share(rounds: Rounds, reading: Reading, operation: Operation, patience: flo
         first, left = left[:TRIAL_ROUNDS], left[TRIAL_ROUNDS:]
         with turn(operation, "trial", patience) as tried, _naming(operation):
             tried.word = msgspec.msgpack.encode(_try(plan, first, reading, rounds, rank, crowd))
-        seconds = [msgspec.msgpack.decode(word, type=tuple[float, float]) for word in tried.heard]
+        seconds = [_SECONDS.decode(word) for word in tried.heard]
         cells = sum(part.stop - part.first for part in plan.trial)
         # So few cells don't keep all threads busy. With more, reading alone would be as many times as fast, at best.
         nbytes = sum(part.nbytes for part in plan.trial) * reading.threads // min(reading.threads, cells)
@@ -245,4 +251,4 @@ def _stored_in(manifest: Manifest) -> Callable[[str], Sequence[Stored]]:
 
 def _unpacked(body: bytes) -> Wants:
     raw = zstandard.ZstdDecompressor().decompress(body, max_output_size=_MOST_WIRE_BYTES)
-    return msgspec.msgpack.decode(raw, type=Wants)
+    return _WANTS.decode(raw)

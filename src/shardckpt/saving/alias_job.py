@@ -1,5 +1,7 @@
 """The background half of a save that shares the shards of the one before, since nothing of its tensors has changed."""
 
+from typing import Final
+
 import msgspec
 
 from shardckpt import commit
@@ -7,6 +9,8 @@ from shardckpt.errors import SaveFailedError
 from shardckpt.manifest import Manifest, RankValues
 from shardckpt.saving.jobs import Job, Order, find_place
 from shardckpt.saving.own import put_objects, with_objects
+
+_VALUES: Final = msgspec.json.Decoder(RankValues)
 
 
 class AliasJob(Job):
@@ -62,7 +66,7 @@ class AliasJob(Job):
             state=order.skeleton,
             objects={path: entries[path] for path in order.objects},
         )
-        values = {rank: msgspec.json.decode(word, type=RankValues) if word else None for rank, word in enumerate(words)}
+        values = {rank: _VALUES.decode(word) if word else None for rank, word in enumerate(words)}
         values[0] = with_objects(order.own, entries) if order.own is not None else None
         record = commit.encoded(commit.with_values(alone, values))
         self._publish(record)

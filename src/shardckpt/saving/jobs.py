@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -41,6 +41,10 @@ class _Verdict(msgspec.Struct, array_like=True):
     """Of all shards."""
     slowest_rank: int
     slowest_seconds: float
+
+
+_PART: Final = msgspec.msgpack.Decoder(_Part)
+_VERDICT: Final = msgspec.msgpack.Decoder(_Verdict)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Job:
                 let_go(found)
             order.pending.resolve(failure(order.pending.path, cause, unheard=unheard))
             return
-        heard = msgspec.msgpack.decode(verdict, type=_Verdict)
+        heard = _VERDICT.decode(verdict)
         self._finish(
             SaveReport(
                 path=order.pending.path,
@@ -169,7 +173,7 @@ class Job:
 
     def _commit(self, words: list[bytes]) -> bytes:
         """On rank 0: commit what all ranks have put, unless the storage hangs; returns what all are to hear."""
-        parts = [msgspec.msgpack.decode(word, type=_Part) for word in words]
+        parts = [_PART.decode(word) for word in words]
         conclude = partial(self._conclude, [part.word for part in parts])
         try:
             nbytes = self.patience.wait_for(conclude, "commit", late=self._end_lease)

@@ -1,5 +1,7 @@
 """The background half of a save that writes its tensors."""
 
+from typing import Final
+
 import msgspec
 
 from shardckpt import commit, manifest
@@ -8,6 +10,8 @@ from shardckpt.saving.jobs import Job, Order, find_place
 from shardckpt.saving.own import put_objects, with_objects
 from shardckpt.workers import for_each
 from shardckpt.writer import ShardWriter
+
+_WRITTEN: Final = msgspec.msgpack.Decoder(commit.Written)
 
 
 class SaveJob(Job):
@@ -53,7 +57,7 @@ class SaveJob(Job):
 
     def _conclude(self, words: list[bytes]) -> int:
         order = self.order
-        ranks = [msgspec.msgpack.decode(word, type=commit.Written) for word in words]
+        ranks = [_WRITTEN.decode(word) for word in words]
         files, layouts = [rank.file for rank in ranks], [rank.layout for rank in ranks]
         tables = order.structure.known.get(layouts)
         said: dict[int, RankManifest] = {}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -80,6 +80,10 @@ class _Placed(msgspec.Struct, array_like=True):
     save_id: str
     look: bool
     """Whether all ranks are to look if they see it."""
+
+
+_PLACED: Final = msgspec.msgpack.Decoder(_Placed)
+_OPENING: Final = msgspec.msgpack.Decoder(Opening)
 
 
 class _Opened(NamedTuple):
@@ -167,7 +171,7 @@ class Series:
                     previous = Patience(storage, self._commit_timeout).wait_for(open_place, "open", late=undo)
                     placing.word = msgspec.msgpack.encode(_Placed(save_id, self._is_new(storage, operation.world_size)))
                     placing.undo = undo
-            placed = msgspec.msgpack.decode(placing.heard[0], type=_Placed)
+            placed = _PLACED.decode(placing.heard[0])
             if placed.look:
                 self._check_shared(operation, storage, placed.save_id, placing.undo)
             with _undoing(placing.undo, begun):
@@ -218,7 +222,7 @@ class Series:
             opening.word = msgspec.msgpack.encode(
                 Opening(flat.structure, flat.outline, known, may_alias, flat.places, own_nbytes)
             )
-        openings = [msgspec.msgpack.decode(word, type=Opening) for word in opening.heard]
+        openings = [_OPENING.decode(word) for word in opening.heard]
         return _Opened(path, storage, flat, stepped, openings)
 
     def _is_new(self, storage: Storage, world_size: int) -> bool:

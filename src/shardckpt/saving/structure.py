@@ -73,6 +73,9 @@ class Structure:
     """What rank 0 has made of the last save."""
 
 
+_STRUCTURE: Final = msgspec.msgpack.Decoder(_WireStructure)
+
+
 def structure_key(openings: Sequence[Opening]) -> str:
     return digests_text([digest("\0".join(opening.structure for opening in openings).encode())])
 
@@ -119,8 +122,7 @@ def plan(descriptions: Descriptions, openings: Sequence[Opening], rank: int) -> 
     digests = descriptions.digests
     unpack = zstandard.ZstdDecompressor().decompress
     decoded = {
-        mark: msgspec.msgpack.decode(unpack(descriptions.bodies[digests.index(mark)]), type=_WireStructure)
-        for mark in dict.fromkeys(digests)
+        mark: _STRUCTURE.decode(unpack(descriptions.bodies[digests.index(mark)])) for mark in dict.fromkeys(digests)
     }
     tied = {alias for structure in decoded.values() for alias in structure.aliases}
     held = {mark: _held(structure, tied) for mark, structure in decoded.items()}

@@ -5,7 +5,7 @@ whole, and find out in the next collective, or never. One digest a mesh tells th
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import xxhash
@@ -16,6 +16,8 @@ from shardckpt.state.distributed import is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+_MESHES: Final = msgspec.msgpack.Decoder(list[tuple[str, str, str]])
 
 
 class Meshes:
@@ -62,10 +64,7 @@ def check(words: Sequence[bytes]) -> None:
 
     A rank may lack a tensor that others of its mesh have. ``words`` are what `Meshes.encode` has said on each rank.
     """
-    ranks: list[dict[str, Any]] = [
-        {name: (mesh, how) for name, mesh, how in msgspec.msgpack.decode(word, type=list[tuple[str, str, str]])}
-        for word in words
-    ]
+    ranks: list[dict[str, Any]] = [{name: (mesh, how) for name, mesh, how in _MESHES.decode(word)} for word in words]
     for rank, layouts in enumerate(ranks):
         for name, (mesh, how) in layouts.items():
             for other in _ranks_of(mesh):

@@ -46,7 +46,7 @@ def open_checkpoint(path: Path, storage_options: Mapping[str, Any] | None) -> Op
 
 
 def step_of(manifest: Manifest, name: str) -> int | None:
-    """The training step of a checkpoint: as its state says at its top level, where people write it, or else its name."""
+    """The training step of a checkpoint: as its state says at its top level, where people write it, else its name."""
     top = {key: node for key, node in values.pairs_of(manifest.state) or [] if isinstance(key, str)}
     found = (top.get(key) for key in ("global_step", "step"))
     return next((step for step in found if type(step) is int), step_in(name))
