@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import shardckpt
-from shardckpt import StateMismatchError, TensorIndexError, TensorNotFoundError, UsageError, indexing, loading
+from shardckpt import StateMismatchError, TensorIndexError, TensorNotFoundError, UsageError, indexing
 from shardckpt.box import slices
+from shardckpt.commit import reading
 from shardckpt.storage import Storage
 from storage.wrappers import CountingStorage, WrapperStorage
 
@@ -32,13 +33,13 @@ class Ranges(WrapperStorage):
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The storages that loads open from now on, each with the ranges that were read."""
     opened: list[Any] = []
-    real = loading.open_storage
+    real = reading.open_storage
 
     def watching(*args: Any) -> Storage:
         opened.append(Ranges(CountingStorage(real(*args))))
         return opened[-1]
 
-    monkeypatch.setattr(loading, "open_storage", watching)
+    monkeypatch.setattr(reading, "open_storage", watching)
     return opened
 
 

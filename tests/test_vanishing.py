@@ -20,6 +20,7 @@ from shardckpt import (
     loading,
     tools,
 )
+from shardckpt.commit import reading
 from shardckpt.storage import Storage
 from storage.wrappers import WrapperStorage
 
@@ -41,7 +42,7 @@ class Meanwhile:
         self._act = act
         self._left = at
         self._done = False
-        read, opened = loading.read_manifest, loading.open_storage
+        read, opened = commit.read_for_all, reading.open_storage
         if at is None:
 
             def read_and(*args: Any) -> Any:
@@ -49,9 +50,9 @@ class Meanwhile:
                 self.happen()
                 return found
 
-            monkeypatch.setattr(loading, "read_manifest", read_and)
+            monkeypatch.setattr(commit, "read_for_all", read_and)
         else:
-            monkeypatch.setattr(loading, "open_storage", lambda *args: _Watched(opened(*args), self))
+            monkeypatch.setattr(reading, "open_storage", lambda *args: _Watched(opened(*args), self))
 
     def happen(self) -> None:
         if not self._done:

@@ -13,8 +13,9 @@ import torch
 
 import shardckpt
 from golden.make import ROOT
-from shardckpt import CorruptCheckpointError, Fault, StorageError, VerifyReport, loading
+from shardckpt import CorruptCheckpointError, Fault, StorageError, VerifyReport
 from shardckpt.codecs import DIGEST_BLOCK, digest, digests_text
+from shardckpt.commit import reading
 from shardckpt.tools import checking
 from storage.wrappers import WrapperStorage
 
@@ -233,14 +234,14 @@ def test_a_bad_sector_is_a_fault_and_the_rest_is_read(tmp_path, monkeypatch):
     shardckpt.save({"a": torch.ones(3 << 20), "b": torch.ones(3 << 20)}, tmp_path / "c")
     start = entries(tmp_path / "c")["b"]["offset"]
     bad = range(start + (8 << 20), start + (8 << 20) + 1)
-    original = loading.open_storage
+    original = reading.open_storage
     made: list[Watched] = []
 
     def opened(*args: Any) -> Watched:
         made.append(Watched(original(*args), bad, code))
         return made[-1]
 
-    monkeypatch.setattr(loading, "open_storage", opened)
+    monkeypatch.setattr(reading, "open_storage", opened)
     code = errno.EIO
     report = shardckpt.verify(tmp_path / "c")
     assert {fault.tensor for fault in report.faults} == {"b"}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from shardckpt import commit, coordinator, loading, options, saving
+from shardckpt import commit, coordinator, options, saving
 from shardckpt.background import Background, PendingSave
 from shardckpt.coordinator import Operation, taking_part, turn
 from shardckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, ObjectNotFoundError, StorageError
@@ -262,7 +262,7 @@ class Checkpointer:
         self._background.wait()
         operation = self.begin(f"load({options.path_text(path)!r})") if collective else coordinator.begin_alone()
         with taking_part(operation):
-            place, storage, manifest = loading.read_manifest(path, self._options(storage_options), operation)
+            place, storage, manifest = commit.read_for_all(path, self._options(storage_options), operation)
         return OpenCheckpoint(
             place,
             manifest,

@@ -2,16 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
 import torch
 from torch import Tensor
 
-from shardckpt import commit, filenames
-from shardckpt import manifest as mf
+from shardckpt import commit
 from shardckpt.box import full_box
 from shardckpt.codecs import torch_dtype
 from shardckpt.coordinator import Operation, taking_part, turn
@@ -19,7 +17,7 @@ from shardckpt.errors import ShardckptError, TensorNotFoundError
 from shardckpt.garbage import held_off
 from shardckpt.indexing import Index, select
 from shardckpt.manifest import Manifest
-from shardckpt.options import Path, ShareReads
+from shardckpt.options import ShareReads
 from shardckpt.planner import Wanted
 from shardckpt.progress import bar
 from shardckpt.reader import Reading, ReadPlan, ReadStats, Target, opening, read_object, read_together
@@ -45,31 +43,9 @@ from shardckpt.state import (
 )
 from shardckpt.state.names import check_root, iter_modules
 from shardckpt.state.per_rank import Here, resize
-from shardckpt.state.schema import check_skeleton
-from shardckpt.storage import Storage, open_storage, retries
-from shardckpt.workers import read_aside
+from shardckpt.storage import Storage, retries
 
 log = logging.getLogger(__name__)
-
-
-def read_manifest(
-    path: Path, storage_options: Mapping[str, Any], operation: Operation
-) -> tuple[str, Storage, Manifest]:
-    """Read the manifest once, on rank 0, and hand it to all: every rank restores one save.
-
-    Returns the path as text, the storage there, and the manifest.
-    """
-    with turn(operation, "manifest") as said:
-        place = commit.checkpoint_path(path)
-        storage = open_storage(place, storage_options)
-        if operation.rank == 0:
-            said.word = read_aside(partial(commit.read_bytes, place, storage, storage_options))
-    with turn(operation, "decode"):
-        # By all ranks at a time: with 20,000 tensors it takes a fifth of a second.
-        where = f"{storage.url}/{filenames.MANIFEST}"
-        manifest = mf.decode_manifest(said.heard[0], where)
-        check_skeleton(manifest, where)
-    return place, storage, manifest
 
 
 class Matched(msgspec.Struct, array_like=True):

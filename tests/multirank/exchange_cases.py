@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import shardckpt
-from shardckpt import Checkpointer, codecs, loading
+from shardckpt import Checkpointer, codecs
+from shardckpt.commit import reading
 from shardckpt.reader import common, exchange, fetch, gains, group, rounds, shards, targets, together, wants
 from shardckpt.storage import Storage
 from shardckpt.writer import cells, output, streams
@@ -67,8 +68,8 @@ def small_scale() -> Iterator[None]:
 @contextmanager
 def storage_made(wrap: Callable[[Storage], Storage]) -> Iterator[None]:
     """Loads read through what ``wrap`` makes of their storage."""
-    original = loading.open_storage
-    with mock.patch.object(loading, "open_storage", lambda *a, **k: wrap(original(*a, **k))):
+    original = reading.open_storage
+    with mock.patch.object(reading, "open_storage", lambda *a, **k: wrap(original(*a, **k))):
         yield
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import shardckpt
-from shardckpt import Checkpointer, CheckpointManager, errors, loading
+from shardckpt import Checkpointer, CheckpointManager, commit, errors, loading
 from shardckpt.coordinator import ranks as coordinated
 from shardckpt.reader import targets
 from shardckpt.saving import series
@@ -182,8 +182,8 @@ def overwritten_load(rank: int, path: str, at: str, share: bool) -> float:
 
         return called
 
-    name = "read_manifest" if at == "manifest" else "read_together"
-    with mock.patch.object(loading, name, (overwriting if rank == 1 else lambda call: call)(getattr(loading, name))):
+    owner, name = (commit, "read_for_all") if at == "manifest" else (loading, "read_together")
+    with mock.patch.object(owner, name, (overwriting if rank == 1 else lambda call: call)(getattr(owner, name))):
         engine.load(path, live)
     (value,) = live["t"].unique().tolist()
     dist.barrier()

@@ -19,6 +19,7 @@ from shardckpt.commit.publishing import (
     put_rank_manifest,
     read_back,
 )
+from shardckpt.commit.reading import read_for_all
 from shardckpt.commit.visibility import not_shared, sees
 from shardckpt.commit.words import check_words, contradictions, has_words, suffice
 
@@ -52,6 +53,7 @@ __all__ = [
     "read",
     "read_back",
     "read_bytes",
+    "read_for_all",
     "remove",
     "running",
     "sees",

@@ -6,7 +6,6 @@ The binding (`shardckpt.lightning.binding`) has every rank call `save_from_every
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
@@ -211,7 +210,7 @@ class ShardedCheckpointIO(_CheckpointIO):
         elif self.places.has_ours(text):
             self.checkpointer.remove(text, storage_options=options)
             self.places.removed(text)
-        elif latest is not None and not self._committed(latest):
+        elif latest is not None and isinstance(latest.outcome(), SaveFailedError):
             log.warning("keeping %s: the save that was to replace it failed", text)
         else:
             ordinary.remove(text, options)
@@ -345,16 +344,9 @@ class ShardedCheckpointIO(_CheckpointIO):
     def settle(self) -> None:
         """Until no save is in flight, however it ends: its failure is told where saves are told of."""
         if self._latest is not None and self._checkpointer is not None and self._pid == os.getpid():
-            self._committed(self._latest)
+            self._latest.outcome()
 
     @property
     def timeout(self) -> float:
         """Seconds to wait for the other ranks."""
         return self._options.get("timeout", agreement.TIMEOUT)
-
-    # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _committed(self, pending: PendingSave) -> bool:
-        while not pending.done():  # `result` would count as telling the caller of a failure
-            time.sleep(0.01)
-        return pending.succeeded()

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from shardckpt import coordinator, loading, options
+from shardckpt import commit, coordinator, options
 from shardckpt.errors import ShardckptError
 from shardckpt.filenames import MANIFEST
 from shardckpt.manifest import FORMAT, Manifest
@@ -42,7 +42,7 @@ def open_checkpoint(path: Path, storage_options: Mapping[str, Any] | None) -> Op
     """
     options.path_text(path)
     told = options.mapping("storage_options", storage_options)
-    return Opened(*loading.read_manifest(path, told, coordinator.begin_alone()))
+    return Opened(*commit.read_for_all(path, told, coordinator.begin_alone()))
 
 
 def step_of(manifest: Manifest, name: str) -> int | None:
